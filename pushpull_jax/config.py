@@ -1,0 +1,303 @@
+"""What a run is made of, as frozen dataclasses with checked types; imports nothing of ours but the error.
+
+A config file is Python: it builds one `Config` under the name `config`. `resolve` turns any config into plain JSON and
+back, so that a run's folder tells everything. Field docstrings are the command line's help.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pushpull_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they become one size."""
+
+    root: str = ""
+    """Folder in the MVTec-AD layout: ROOT/CATEGORY/train/good, ROOT/CATEGORY/test/DEFECT, ROOT/CATEGORY/ground_truth."""
+    category: str = ""
+    """Sub-folder of root to train on."""
+    image_size: int = 256
+    """Side in pixels of the square that images are resized to."""
+    resize: Literal["stretch", "letterbox"] = "stretch"
+    """How an image that is not square is fitted: stretched, or scaled whole and padded."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """A file that cannot be decoded stops the run before it trains, or is left out and named."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The frozen backbone's features on the grid that is reconstructed."""
+
+    backbone: str = "efficientnet_lite0"
+    """Name of the backbone."""
+    stages: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Stage ends that are concatenated, at strides 2, 4, 8, 16, 32."""
+    stage_weights: tuple[float, ...] = ()
+    """Share of each stage in the mean square of the features, whatever its channels; empty: each channel weighs 1.
+    Only with standardise."""
+    grid: int = 16
+    """Cells a side of the square feature grid."""
+    resample: Literal["bilinear", "area"] = "bilinear"
+    """From a stage's own size to the grid: bilinear with aligned corners, no antialias (UniAD), or the mean over the
+    cell (bilinear between pixel centres where the stage is coarser than the grid)."""
+    standardise: bool = False
+    """Subtract mean and divide by standard deviation of the training images, a channel at a time."""
+
+
+@dataclass(frozen=True)
+class Reconstructor:
+    """ADTR's transformer; the defaults are the paper's."""
+
+    width: int = 256
+    """Width of a token, divisible by heads."""
+    encoder_layers: int = 4
+    """Layers of the encoder."""
+    decoder_layers: int = 4
+    """Layers of the decoder, whose input is a learned query."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int = 1024
+    """Width inside the feed-forward networks."""
+    dropout: float = 0.1
+    """Rate of dropout, after attention weights and in every residual branch."""
+    fold: int = 1
+    """Cells a side that share one token; divides the grid."""
+    positions: Literal["factorised", "per_token"] = "factorised"
+    """Learned position embedding: a row's and a column's half, or one for each token."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimisation."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Images a step."""
+    loss: Literal["squared", "pseudo_huber"] = "squared"
+    """On normal images: eq. 1, or the pull term of eq. 7, the mean of the pseudo-Huber map."""
+    jitter: float = 0.0
+    """Deviation of the Gaussian noise added to the input features, in units of their root mean square a cell."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Constant, cosine to 0, or times 0.1 at four fifths of the steps (ADTR); each after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """From the score map to the verdict."""
+
+    smoothing: float = 0.0
+    """Deviation in pixels, for an image of 256, of the Gaussian that smooths the upsampled map; scaled with the image."""
+    window: int = 16
+    """Side in pixels, for an image of 256, of the window whose largest mean is the image's score; scaled likewise."""
+    false_positive_rate: float = 0.05
+    """Share of normal images that may be called anomalous; the threshold is the conformal quantile for it."""
+    held_out: float = 0.1
+    """Share of the normal training images that is kept from training and fits the threshold."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written while it trains."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl; divides the steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: Data = field(default_factory=Data)
+    features: Features = field(default_factory=Features)
+    reconstructor: Reconstructor = field(default_factory=Reconstructor)
+    training: Training = field(default_factory=Training)
+    scoring: Scoring = field(default_factory=Scoring)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    seed: int = 0
+    """Seed of everything random: initial weights, order, dropout, jitter, held-out images."""
+
+
+# Fields that do not change the numbers: a resumed run may change them.
+HOW_IT_RUNS = ("log.", "checkpoint.", "data.root")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts and lists, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], *, source: str, cls: type = Config, prefix: str = "") -> Any:
+    """Rebuild a config from `to_dict`'s output; unknown fields and wrong types are InputErrors that name `source`."""
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected an object for {prefix or 'the config'}, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise InputError(f"{source}: unknown field {prefix}{name}{nearest(name, hints)}")
+    fields = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            fields[name] = from_dict(value, source=source, cls=kind, prefix=f"{prefix}{name}.")
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**fields)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name."""
+    flat = {}
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        flat |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return flat
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name: from the repository, or from an installed wheel."""
+    package = Path(__file__).parent
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def load_config(name: str) -> Config:
+    """The config of a Python file, or a shipped one by its name ("quick"); checked.
+
+    Raises:
+        InputError: no such file or name, the file does not build a `Config` named `config`, or a field is wrong.
+    """
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        shipped = shipped_configs()
+        if path.stem not in shipped or path.parent not in (Path("."), Path("configs")):
+            names = ", ".join(shipped)
+            raise InputError(f"no config file {name}{nearest(path.stem, shipped)} (shipped configs: {names})")
+        path = shipped[path.stem]
+    spec = importlib.util.spec_from_file_location(f"pushpull_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"config file {path}: {type(error).__name__}: {_with_hint(str(error))}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise InputError(f"config file {path}: expected a Config named `config`, got {type(config).__name__}")
+    check(config, source=f"config file {path}")
+    return config
+
+
+def _with_hint(message: str) -> str:
+    """Python's own message of a misspelt keyword, with the nearest field of that class."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    if not found:
+        return message
+    cls = globals().get(found[1])
+    known = [item.name for item in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    return f"{found[1]} has no field {found[2]}{nearest(found[2], known)}"
+
+
+def check(config: Config, *, source: str) -> None:
+    """Check types and ranges of every field.
+
+    Raises:
+        InputError: names `source`, the field, what was expected and what came.
+    """
+    _check_types(config, source, "")
+    rules = (
+        ("data.image_size", 32 <= config.data.image_size, "at least 32"),
+        ("features.stages", _are_stages(config.features.stages), "distinct numbers from 1 to 5, ascending"),
+        ("features.stage_weights", _are_weights(config.features), "one positive weight a stage, with standardise"),
+        ("features.grid", config.features.grid >= 1, "at least 1"),
+        ("reconstructor.fold", config.features.grid % max(config.reconstructor.fold, 1) == 0, "a divisor of the grid"),
+        ("reconstructor.heads", config.reconstructor.width % config.reconstructor.heads == 0, "a divisor of width"),
+        ("reconstructor.dropout", 0 <= config.reconstructor.dropout < 1, "in [0, 1)"),
+        ("training.jitter", 0 <= config.training.jitter, "0 or more"),
+        ("training.weight_decay", 0 <= config.training.weight_decay, "0 or more"),
+        ("scoring.smoothing", 0 <= config.scoring.smoothing, "0 or more"),
+        ("scoring.false_positive_rate", 0 < config.scoring.false_positive_rate < 1, "between 0 and 1"),
+        ("scoring.held_out", 0 < config.scoring.held_out < 1, "between 0 and 1"),
+        ("checkpoint.every", config.checkpoint.every % max(config.log.every, 1) == 0, "a multiple of log.every"),
+        *((name, flatten(config)[name] > 0, "positive") for name in _POSITIVE),
+        *((name, flatten(config)[name] >= 0, "0 or more") for name in _NOT_NEGATIVE),
+    )
+    for name, holds, expected in rules:
+        if not holds:
+            raise InputError(f"{source}: {name} must be {expected}, got {flatten(config)[name]!r}")
+
+
+_POSITIVE = (
+    "reconstructor.width", "reconstructor.heads", "reconstructor.hidden", "reconstructor.fold", "training.steps",
+    "training.batch_size", "training.learning_rate", "training.clip_norm", "scoring.window", "log.every",
+    "checkpoint.every", "checkpoint.keep",
+)  # fmt: skip
+_NOT_NEGATIVE = ("reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.warmup_steps", "seed")
+
+
+def _are_stages(stages: tuple[int, ...]) -> bool:
+    return bool(stages) and list(stages) == sorted(set(stages)) and set(stages) <= {1, 2, 3, 4, 5}
+
+
+def _are_weights(features: Features) -> bool:
+    weights = features.stage_weights
+    return not weights or (features.standardise and len(weights) == len(features.stages) and min(weights) > 0)
+
+
+def _check_types(config: Any, source: str, prefix: str) -> None:
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+            _check_types(value, source, f"{prefix}{name}.")
+        elif not _is_a(value, kind):
+            shown = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+            shown = shown.replace("typing.", "")
+            raise InputError(f"{source}: {prefix}{name} must be {shown}, got {value!r} ({type(value).__name__})")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has the annotated type; an int passes for a float, a bool for neither."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, argument) for argument in arguments)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
