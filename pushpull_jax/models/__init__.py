@@ -1,0 +1,1 @@
+"""Flax linen networks: the frozen backbones and the reconstructors."""

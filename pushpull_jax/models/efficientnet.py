@@ -1,0 +1,117 @@
+"""EfficientNet trunks in inference form, from Lite0 to B4: [B,H,W,3] normalised pixels -> five stage ends, NHWC.
+
+Architecture: Tan and Le, EfficientNet, ICML 2019, table 1, with its compound scaling; the Lite variants drop
+squeeze-and-excitation, use ReLU6 and leave stem, first and last stage unscaled. A network is nothing but the numbers of
+`EfficientNet`'s fields. Stage ends are those of ADTR and UniAD: the last block at each of the strides 2, 4, 8, 16, 32.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from pushpull_jax.models.layers import Conv, Depthwise, DepthwiseLowering, Padding, Pointwise
+
+
+class Stage(NamedTuple):
+    """One row of the paper's table 1; `end` is the number 1..5 of the stage end it closes, 0 for none."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expand: int
+    width: int
+    end: int
+
+
+BASE_STAGES = (
+    Stage(1, 3, 1, 1, 16, 1),
+    Stage(2, 3, 2, 6, 24, 2),
+    Stage(2, 5, 2, 6, 40, 3),
+    Stage(3, 3, 2, 6, 80, 0),
+    Stage(3, 5, 1, 6, 112, 4),
+    Stage(4, 5, 2, 6, 192, 0),
+    Stage(1, 3, 1, 6, 320, 5),
+)
+STEM_WIDTH = 32
+
+
+def scaled_width(width: int, factor: float) -> int:
+    """Width times factor, rounded to a multiple of 8 without losing more than a tenth (the reference's rule)."""
+    rounded = max(8, int(width * factor + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width * factor else rounded
+
+
+class MBConv(nn.Module):
+    """Inverted residual block: expand, depthwise, squeeze-and-excite, project; identity added where shapes allow."""
+
+    width: int
+    kernel: int
+    stride: int
+    expand: int
+    lite: bool
+    padding: Padding
+    depthwise: DepthwiseLowering
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation = nn.relu6 if self.lite else nn.silu
+        inputs, width_in = x, x.shape[-1]
+        if self.expand != 1:
+            x = activation(Pointwise(width_in * self.expand, name="expand")(x))
+        x = Depthwise(self.kernel, self.stride, self.padding, self.depthwise, name="depthwise")(x)
+        x = activation(x)
+        if not self.lite:
+            # The squeezed width is a quarter of the block's input, not of its expansion (reference implementation).
+            gate = nn.silu(Pointwise(max(1, width_in // 4), name="squeeze")(x.mean((1, 2), keepdims=True)))
+            x = x * nn.sigmoid(Pointwise(x.shape[-1], name="excite")(gate))
+        x = Pointwise(self.width, name="project")(x)
+        return x + inputs if self.stride == 1 and width_in == self.width else x
+
+
+class EfficientNet(nn.Module):
+    """The trunk; `width` and `depth` are the compound-scaling factors, `padding` belongs to the weight family."""
+
+    width: float
+    depth: float
+    lite: bool
+    padding: Padding
+    depthwise: DepthwiseLowering = "auto"
+
+    @property
+    def rows(self) -> tuple[Stage, ...]:
+        """The table's rows with this network's widths and repeats."""
+        last = len(BASE_STAGES) - 1
+        return tuple(
+            row._replace(
+                width=scaled_width(row.width, self.width),
+                repeats=row.repeats if self.lite and i in (0, last) else math.ceil(row.repeats * self.depth),
+            )
+            for i, row in enumerate(BASE_STAGES)
+        )
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels of the five stage ends."""
+        return tuple(row.width for row in self.rows if row.end)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, stages: tuple[int, ...] = (1, 2, 3, 4, 5)) -> tuple[jax.Array, ...]:
+        """The stage ends named in `stages` (1..5), in that order; blocks behind the deepest of them are not run."""
+        activation = nn.relu6 if self.lite else nn.silu
+        stem = STEM_WIDTH if self.lite else scaled_width(STEM_WIDTH, self.width)
+        x = activation(Conv(stem, 3, 2, self.padding, name="stem")(x))
+        ends, index = {}, 0
+        for row in self.rows:
+            for repeat in range(row.repeats):
+                stride = row.stride if repeat == 0 else 1
+                block = MBConv(
+                    row.width, row.kernel, stride, row.expand, self.lite, self.padding, self.depthwise,
+                    name=f"block_{index}",
+                )  # fmt: skip
+                x, index = block(x), index + 1
+            ends[row.end] = x
+            if row.end == max(stages):
+                break
+        return tuple(ends[stage] for stage in stages)

@@ -1,0 +1,147 @@
+"""ADTR's reconstructor: a transformer that maps features [B,h,w,C] to their reconstruction [B,h,w,C].
+
+ADTR (arXiv 2209.01816), section 3.2, with UniAD's code for what the paper leaves out: an encoder over the projected
+features, and a decoder whose input is a learned query, one vector a token, so that no path leads from a feature to its
+reconstruction but through attention. Learned positions are added to queries and keys of every attention.
+Post-norm, ReLU, Xavier-uniform weights, a final LayerNorm on the decoder.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Positions = Literal["factorised", "per_token"]
+
+_xavier = nn.initializers.xavier_uniform()
+
+
+def fold_cells(x: jax.Array, fold: int) -> jax.Array:
+    """Gather fold x fold cells into the channels of one token: [B,h,w,C] -> [B,T,fold*fold*C], T = hw / fold^2."""
+    batch, h, w, channels = x.shape
+    x = x.reshape(batch, h // fold, fold, w // fold, fold, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, (h // fold) * (w // fold), fold * fold * channels)
+
+
+def unfold_cells(x: jax.Array, fold: int, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `fold_cells` on a grid of h x w cells."""
+    batch, channels, (h, w) = x.shape[0], x.shape[-1] // fold**2, grid
+    x = x.reshape(batch, h // fold, w // fold, fold, fold, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, h, w, channels)
+
+
+class Attention(nn.Module):
+    """Multi-head attention [B,T,D] x [B,S,D] -> [B,T,D], heads moved in front of tokens (the fast order on CPU)."""
+
+    heads: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *, train: bool) -> jax.Array:
+        batch, _, width = query.shape
+
+        def heads_first(x: jax.Array, name: str) -> jax.Array:
+            x = nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name=name)(x)
+            return x.reshape(batch, x.shape[1], self.heads, width // self.heads).transpose(0, 2, 1, 3)
+
+        q, k, v = heads_first(query, "query"), heads_first(key, "key"), heads_first(value, "value")
+        logits = jnp.einsum("bntd,bnsd->bnts", q, k) / (width // self.heads) ** 0.5
+        weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        out = jnp.einsum("bnts,bnsd->bntd", weights, v).transpose(0, 2, 1, 3).reshape(query.shape)
+        return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="out")(out)
+
+
+class FeedForward(nn.Module):
+    """Two dense layers with ReLU between: [B,T,D] -> [B,T,D]."""
+
+    hidden: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="in")(x))
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        return nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="out")(hidden)
+
+
+class Layer(nn.Module):
+    """One encoder layer, or, given a `memory` to attend to, one decoder layer: residual sublayers, norm after each."""
+
+    heads: int
+    hidden: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, memory: jax.Array | None = None, *, train: bool
+    ) -> jax.Array:
+        def residual(x: jax.Array, update: jax.Array, name: str) -> jax.Array:
+            update = nn.Dropout(self.dropout, deterministic=not train)(update)
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x + update)  # torch's epsilon, as UniAD
+
+        attend = Attention(self.heads, self.dropout, self.dtype, name="self_attention")
+        x = residual(x, attend(x + positions, x + positions, x, train=train), "norm_self")
+        if memory is not None:
+            attend = Attention(self.heads, self.dropout, self.dtype, name="cross_attention")
+            x = residual(x, attend(x + positions, memory + positions, memory, train=train), "norm_cross")
+        update = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")(x, train=train)
+        return residual(x, update, "norm_feed_forward")
+
+
+class Reconstructor(nn.Module):
+    """ADTR's transformer, [B,h,w,C] -> [B,h,w,C] float32; defaults are the paper's.
+
+    With `fold` f, f x f cells share one token, so that a finer grid costs no more attention; f divides h and w.
+    Dropout is applied when `train` is true and draws from the rng "dropout".
+    """
+
+    width: int = 256
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 8
+    hidden: int = 1024
+    dropout: float = 0.1
+    fold: int = 1
+    positions: Positions = "factorised"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+        batch, *grid, _ = features.shape
+        if any(n % self.fold for n in grid):
+            raise ValueError(f"fold {self.fold} must divide the feature grid, which is {grid[0]}x{grid[1]}")
+        tokens = fold_cells(features.astype(self.dtype), self.fold)
+        memory = nn.Dense(self.width, kernel_init=_xavier, dtype=self.dtype, name="project_in")(tokens)
+        positions = self._position_embedding(grid[0] // self.fold, grid[1] // self.fold)[None].astype(self.dtype)
+        query = self.param("query", nn.initializers.normal(1.0), (tokens.shape[1], self.width)).astype(self.dtype)
+
+        settings = (self.heads, self.hidden, self.dropout, self.dtype)
+        for i in range(self.encoder_layers):
+            memory = Layer(*settings, name=f"encoder_{i}")(memory, positions, train=train)
+        x = jnp.broadcast_to(query, (batch, *query.shape))
+        for i in range(self.decoder_layers):
+            x = Layer(*settings, name=f"decoder_{i}")(x, positions, memory, train=train)
+        x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        x = nn.Dense(tokens.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="project_out")(x)
+        return unfold_cells(x, self.fold, tuple(grid)).astype(jnp.float32)
+
+    def _position_embedding(self, rows: int, columns: int) -> jax.Array:
+        """[T,D]; factorised: a row's and a column's vector of D/2 each, uniform in [0,1) at the start (UniAD)."""
+        uniform = nn.initializers.uniform(1.0)
+        if self.positions == "per_token":
+            return self.param("positions", uniform, (rows * columns, self.width))
+        row = self.param("row_positions", uniform, (rows, self.width // 2))
+        column = self.param("column_positions", uniform, (columns, self.width // 2))
+        table = jnp.concatenate(
+            [
+                jnp.broadcast_to(column[None], (rows, *column.shape)),
+                jnp.broadcast_to(row[:, None], (rows, columns, self.width // 2)),
+            ],
+            axis=-1,
+        )
+        return table.reshape(rows * columns, self.width)
