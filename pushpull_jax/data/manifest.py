@@ -1,0 +1,143 @@
+"""A data set as a tuple of records, one for each image, sorted by key; nothing is decoded here.
+
+The key is the path of the image relative to the root of the data, with forward slashes. It is the identity of the
+example: splits and the fingerprint depend on keys and contents, never on where the data lie or in which order a file
+system lists them. Labels: 1 anomalous, 0 normal, None unlabelled. numpy is imported where it is used, so that the
+command line can read a manifest quickly.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pushpull_jax.errors import InputError
+
+# What counts as an image by its name: the formats that `images.decode_image` reads.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set.
+
+    Attributes:
+        key: path relative to the root of the data, with forward slashes.
+        image: absolute path of the image.
+        mask: absolute path of its mask, or None where there is none.
+        label: 1 anomalous, 0 normal, None unlabelled.
+        defect_type: name of the kind of defect, "good" for normal images.
+        split: "train" or "test".
+    """
+
+    key: str
+    image: str
+    mask: str | None
+    label: int | None
+    defect_type: str
+    split: Literal["train", "test"]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name is that of an image: its extension in any case, and not hidden (macOS leaves ._NAME.png)."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def listed(names: Sequence[str], *, separator: str = ", ", limit: int = 10) -> str:
+    """The names for a message: the first ones, then how many more there are."""
+    shown = list(names[:limit])
+    if len(names) > limit:
+        shown.append(f"and {len(names) - limit} more")
+    return separator.join(shown)
+
+
+def hold_out(
+    records: Sequence[Record], *, fraction: float, seed: int
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Split the normal training records into those that are fitted and those held out for the threshold.
+
+    A permutation drawn from the seed over the records in the order of their keys; the first round(fraction * n) are
+    held out, but at least one, and one at least stays to be fitted. A single record is fitted and none is held out.
+
+    Args:
+        records: any records; only those of split "train" with label 0 are split, the others are in neither part.
+        fraction: share to hold out, above 0 and below 1.
+        seed: 0 or more.
+
+    Returns:
+        (fit, held), each sorted by key; together exactly the normal training records.
+
+    Raises:
+        InputError: fraction is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"the fraction of images held out must be above 0 and below 1, got {fraction}")
+    normal, order = _permuted(records, seed)
+    count = min(max(round(fraction * len(normal)), 1), len(normal) - 1)
+    return _parted(normal, held=set(order[: max(count, 0)]))
+
+
+def folds(
+    records: Sequence[Record], *, count: int, seed: int
+) -> tuple[tuple[tuple[Record, ...], tuple[Record, ...]], ...]:
+    """Split the normal training records `count` times, so that each is held out exactly once (cross-fitting).
+
+    Args:
+        records: as for `hold_out`.
+        count: number of folds, 2 up to the number of normal training records.
+        seed: 0 or more.
+
+    Returns:
+        (fit, held) for each fold, each sorted by key; the sizes of the held parts differ by at most one.
+
+    Raises:
+        InputError: count is below 2 or above the number of normal training records.
+    """
+    normal, order = _permuted(records, seed)
+    if not 2 <= count <= len(normal):
+        raise InputError(f"folds must be 2 to {len(normal)}, the number of normal training images, got {count}")
+    return tuple(_parted(normal, held=set(order[fold::count])) for fold in range(count))
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """SHA-256 over the records and the contents of their files, in the order of the keys.
+
+    It covers key, label, defect type, split, and the bytes of image and mask; not where the files lie. Files are
+    read in pieces.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for record in sorted(records, key=lambda record: record.key):
+        mask = None if record.mask is None else _file_digest(record.mask)
+        entry = [record.key, record.label, record.defect_type, record.split, _file_digest(record.image), mask]
+        # One JSON array a line: no two different records have the same bytes.
+        digest.update(json.dumps(entry).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _permuted(records: Sequence[Record], seed: int) -> tuple[list[Record], list[int]]:
+    """The normal training records sorted by key, and a permutation of their positions."""
+    import numpy as np
+
+    normal = [record for record in records if record.split == "train" and record.label == 0]
+    normal.sort(key=lambda record: record.key)
+    return normal, np.random.default_rng(seed).permutation(len(normal)).tolist()
+
+
+def _parted(normal: list[Record], *, held: set[int]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    fit = tuple(record for position, record in enumerate(normal) if position not in held)
+    return fit, tuple(normal[position] for position in sorted(held))
+
+
+def _file_digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,21 @@
+"""What holds for every test: eight fake CPU devices, no silent rank promotion, and the shared data where they are."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real images beside the repository, or the one that PUSHPULL_SHARED names; skips where it is absent."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PUSHPULL_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"the folder of real images is absent: {folder.name}; PUSHPULL_SHARED names it")
+    return folder
