@@ -1,0 +1,189 @@
+"""Small charts as inline SVG text: score histogram, rate curve (ROC, PRO) and a quantity over the training steps.
+
+Each function takes arrays and returns one <svg> element without colours of its own: the page that holds it styles the
+classes grid, axis, normal, anomalous, curve, area, mark and guide, so that charts follow its light or dark theme.
+All share one view box; a chart fills the width it is given.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pushpull_jax.metrics import thin_curve
+
+_WIDTH, _HEIGHT = 400, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 380, 10, 208
+_POINTS = 300  # of a curve: nearly one for each unit of the view box
+
+
+class Histogram(NamedTuple):
+    """Counts of scores in bins of one width, the threshold being an edge."""
+
+    edges: np.ndarray  # [1 + bins] float64
+    normal: np.ndarray  # [bins] int64
+    anomalous: np.ndarray  # [bins] int64
+
+
+def score_histogram(labels: np.ndarray, scores: np.ndarray, *, threshold: float, bins: int = 40) -> Histogram:
+    """Count scores by label in equal bins over their range, placed so that no bin lies on both sides of the threshold.
+
+    Args:
+        labels: [N], 0 or 1, N >= 1.
+        scores: [N], finite.
+        threshold: finite; the range is widened to reach it.
+        bins: how many, up to one more where the placement needs it.
+
+    Returns:
+        The histogram; its counts sum to N. A score equal to the threshold is not above it and counts on its left.
+    """
+    low, high = min(scores.min(), threshold), max(scores.max(), threshold)
+    width = float(high - low) / bins or abs(threshold) / bins or 1.0
+    # Bin i holds threshold + i width < score <= threshold + (i + 1) width.
+    index = np.ceil((np.asarray(scores, np.float64) - threshold) / width).astype(int) - 1
+    first, last = min(index.min(), -1), max(index.max(), 0)
+    edges = threshold + width * np.arange(first, last + 2)
+    normal, anomalous = (np.bincount(index[labels == label] - first, minlength=last - first + 1) for label in (0, 1))
+    return Histogram(edges, normal, anomalous)
+
+
+def histogram_chart(histogram: Histogram, *, threshold: float) -> str:
+    """Draw a score histogram, normal images upwards and anomalous ones downwards, with the threshold."""
+    edges = histogram.edges
+    x = _linear_axis(edges[0], edges[-1], (_LEFT, _RIGHT))
+    y = _linear_axis(-histogram.anomalous.max(), histogram.normal.max(), (_BOTTOM, _TOP), whole=True)
+    bars = []
+    for kind, counts, sign in (("normal", histogram.normal, 1), ("anomalous", histogram.anomalous, -1)):
+        for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            if count:
+                top, bottom = sorted((y.at(0), y.at(sign * count)))
+                place = f'x="{x.at(left) + 0.5:.1f}" y="{top:.1f}"'
+                size = f'width="{max(x.at(right) - x.at(left) - 1, 0.5):.1f}" height="{bottom - top:.1f}"'
+                hint = f"<title>{count} {kind}: {left:.4g} to {right:.4g}</title>"
+                bars.append(f'<rect class="{kind}" {place} {size}>{hint}</rect>')
+    bars.append(_segment("rule", (_LEFT, y.at(0)), (_RIGHT, y.at(0))))
+    bars.append(_segment("guide", (x.at(threshold), _TOP), (x.at(threshold), _BOTTOM)))
+    return _svg("Histogram of image scores", x, y, ("image score", "images"), bars)
+
+
+def rate_chart(
+    name: str,
+    curve: tuple[np.ndarray, np.ndarray],
+    *,
+    titles: tuple[str, str],
+    limit: float = 1.0,
+    mark: tuple[float, float] | None = None,
+) -> str:
+    """Draw a rising curve of rates over the unit square, the area under it shaded up to a limit.
+
+    Args:
+        name: what is drawn, for readers that cannot see it.
+        curve: x and y, each [P] in 0..1, neither falling anywhere.
+        titles: of the two axes.
+        limit: the x up to which the area counts; below 1 it gets a line.
+        mark: a point to emphasise.
+
+    Returns:
+        An <svg> element.
+    """
+    x = _linear_axis(0.0, 1.0, (_LEFT, _RIGHT), percent=True)
+    y = _linear_axis(0.0, 1.0, (_BOTTOM, _TOP), percent=True)
+    fpr, rate = thin_curve(*curve, points=_POINTS)
+    inside = fpr <= limit
+    area_x = np.concatenate(([0.0], fpr[inside], [limit, limit]))
+    area_y = np.concatenate(([0.0], rate[inside], [np.interp(limit, fpr, rate), 0.0]))
+    shapes = [_path("area", x.at(area_x), y.at(area_y)), _path("curve", x.at(fpr), y.at(rate))]
+    if limit < 1:
+        shapes.append(_segment("guide", (x.at(limit), _TOP), (x.at(limit), _BOTTOM)))
+    if mark is not None:
+        shapes.append(f'<circle class="mark" cx="{x.at(mark[0]):.1f}" cy="{y.at(mark[1]):.1f}" r="4.5"></circle>')
+    return _svg(name, x, y, titles, shapes)
+
+
+def step_chart(name: str, steps: Sequence[float], values: Sequence[float]) -> str:
+    """Draw a quantity over the training steps, on a logarithmic axis where it is positive and spans over a decade.
+
+    Args:
+        name: what is drawn; also the title of the vertical axis.
+        steps, values: [P] finite, P >= 1, in the order of the steps.
+
+    Returns:
+        An <svg> element.
+    """
+    kept = np.unique(np.linspace(0, len(steps) - 1, _POINTS).astype(int))
+    steps, values = np.asarray(steps, np.float64)[kept], np.asarray(values, np.float64)[kept]
+    x = _linear_axis(steps.min(), steps.max(), (_LEFT, _RIGHT))
+    logarithmic = values.min() > 0 and values.max() > 10 * values.min()
+    if logarithmic:
+        values = np.log10(values)
+        y = _decade_axis(values.min(), values.max(), (_BOTTOM, _TOP))
+    else:
+        y = _linear_axis(min(values.min(), 0.0), values.max(), (_BOTTOM, _TOP))
+    return _svg(name, x, y, ("step", name), [_path("curve", x.at(steps), y.at(values))])
+
+
+class _Axis(NamedTuple):
+    """A linear map from low..high to a span of the view box, with its ticks."""
+
+    low: float
+    high: float
+    span: tuple[float, float]
+    ticks: list[tuple[float, str]]  # value and text
+
+    def at(self, value: np.ndarray | float) -> np.ndarray | float:
+        start, stop = self.span
+        return start + (value - self.low) / (self.high - self.low) * (stop - start)
+
+
+def _linear_axis(
+    low: float, high: float, span: tuple[float, float], *, whole: bool = False, percent: bool = False
+) -> _Axis:
+    """An axis with about five ticks at 1, 2 or 5 times a power of ten; whole ones are counts, shown without a sign."""
+    low, high = float(low), float(high)
+    if not high > low:
+        low, high = low - (0.5 * abs(low) or 0.5), high + (0.5 * abs(high) or 0.5)
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    if whole:
+        step = max(step, 1.0)
+    values = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    if percent:
+        texts = [f"{100 * value:.0f}%" for value in values]
+    else:
+        texts = [f"{abs(value) if whole else value:g}" for value in values]
+    return _Axis(low, high, span, list(zip(values, texts, strict=True)))
+
+
+def _decade_axis(low: float, high: float, span: tuple[float, float]) -> _Axis:
+    """An axis of log10 values with a tick at powers of ten, at most seven of them."""
+    first, last = math.floor(low), math.ceil(high)
+    powers = range(first, last + 1, math.ceil((last - first) / 6))
+    return _Axis(first, last, span, [(power, f"{10.0**power:g}") for power in powers])
+
+
+def _segment(kind: str, start: tuple[float, float], stop: tuple[float, float]) -> str:
+    ends = f'x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{stop[0]:.1f}" y2="{stop[1]:.1f}"'
+    return f'<line class="{kind}" {ends}></line>'
+
+
+def _path(kind: str, x: np.ndarray, y: np.ndarray) -> str:
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return f'<polyline class="{kind}" points="{points}"></polyline>'
+
+
+def _svg(name: str, x: _Axis, y: _Axis, titles: tuple[str, str], shapes: list[str]) -> str:
+    parts = []
+    for value, text in x.ticks:
+        parts.append(_segment("grid", (x.at(value), _TOP), (x.at(value), _BOTTOM)))
+        parts.append(f'<text class="axis" x="{x.at(value):.1f}" y="{_BOTTOM + 15}" text-anchor="middle">{text}</text>')
+    for value, text in y.ticks:
+        parts.append(_segment("grid", (_LEFT, y.at(value)), (_RIGHT, y.at(value))))
+        parts.append(f'<text class="axis" x="{_LEFT - 6}" y="{y.at(value) + 4:.1f}" text-anchor="end">{text}</text>')
+    middle_x, middle_y = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
+    parts.append(f'<text class="axis" x="{middle_x}" y="{_HEIGHT - 6}" text-anchor="middle">{titles[0]}</text>')
+    turned = f'transform="translate(12 {middle_y}) rotate(-90)" text-anchor="middle"'
+    parts.append(f'<text class="axis" {turned}>{titles[1]}</text>')
+    drawing = "\n".join([*parts, *shapes])
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">\n{drawing}\n</svg>'
