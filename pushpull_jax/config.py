@@ -1,14 +1,14 @@
 """What a run is made of, as frozen dataclasses with checked types; imports nothing of ours but the error.
 
-A config file is Python: it builds one `Config` under the name `config`. `resolve` turns any config into plain JSON and
-back, so that a run's folder tells everything. Field docstrings are the command line's help.
+A config file is Python: it builds one `Config` under the name `config`. `to_dict` turns any config into plain JSON and
+`from_dict` back, so that a run's folder tells everything. Field docstrings are the command line's help.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import re
+import runpy
 import types
 import typing
 from dataclasses import dataclass, field
@@ -157,7 +157,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], *, source: str, cls: type = Config, prefix: str = "") -> Any:
-    """Rebuild a config from `to_dict`'s output; unknown fields and wrong types are InputErrors that name `source`."""
+    """Rebuild a config from `to_dict`'s output; an unknown field is an InputError that names `source`. See `check`."""
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected an object for {prefix or 'the config'}, got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -205,17 +205,16 @@ def load_config(name: str) -> Config:
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         shipped = shipped_configs()
-        if path.stem not in shipped or path.parent not in (Path("."), Path("configs")):
+        is_name = path.suffix in ("", ".py") and path.parent in (Path("."), Path("configs"))
+        if path.stem not in shipped or not is_name:
             names = ", ".join(shipped)
             raise InputError(f"no config file {name}{nearest(path.stem, shipped)} (shipped configs: {names})")
         path = shipped[path.stem]
-    spec = importlib.util.spec_from_file_location(f"pushpull_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Not an import: that would leave a __pycache__, and read from it a file that was changed within a second.
+        config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise InputError(f"config file {path}: {type(error).__name__}: {_with_hint(str(error))}") from error
-    config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise InputError(f"config file {path}: expected a Config named `config`, got {type(config).__name__}")
     check(config, source=f"config file {path}")
@@ -244,15 +243,18 @@ def check(config: Config, *, source: str) -> None:
         ("features.stages", _are_stages(config.features.stages), "distinct numbers from 1 to 5, ascending"),
         ("features.stage_weights", _are_weights(config.features), "one positive weight a stage, with standardise"),
         ("features.grid", config.features.grid >= 1, "at least 1"),
-        ("reconstructor.fold", config.features.grid % max(config.reconstructor.fold, 1) == 0, "a divisor of the grid"),
-        ("reconstructor.heads", config.reconstructor.width % config.reconstructor.heads == 0, "a divisor of width"),
+        ("reconstructor.fold", _divides(config.reconstructor.fold, config.features.grid), "a divisor of the grid"),
+        ("reconstructor.heads", _divides(config.reconstructor.heads, config.reconstructor.width), "a divisor of width"),
+        ("reconstructor.width", _is_width(config.reconstructor), "even, where positions are factorised"),
         ("reconstructor.dropout", 0 <= config.reconstructor.dropout < 1, "in [0, 1)"),
         ("training.jitter", 0 <= config.training.jitter, "0 or more"),
         ("training.weight_decay", 0 <= config.training.weight_decay, "0 or more"),
         ("scoring.smoothing", 0 <= config.scoring.smoothing, "0 or more"),
+        ("scoring.window", config.scoring.window <= 256, "at most 256, the whole image"),
         ("scoring.false_positive_rate", 0 < config.scoring.false_positive_rate < 1, "between 0 and 1"),
         ("scoring.held_out", 0 < config.scoring.held_out < 1, "between 0 and 1"),
-        ("checkpoint.every", config.checkpoint.every % max(config.log.every, 1) == 0, "a multiple of log.every"),
+        ("checkpoint.every", _divides(config.log.every, config.checkpoint.every), "a multiple of log.every"),
+        ("seed", config.seed < 2**32, "below 2**32, a key's 32 bits"),
         *((name, flatten(config)[name] > 0, "positive") for name in _POSITIVE),
         *((name, flatten(config)[name] >= 0, "0 or more") for name in _NOT_NEGATIVE),
     )
@@ -271,6 +273,15 @@ _NOT_NEGATIVE = ("reconstructor.encoder_layers", "reconstructor.decoder_layers",
 
 def _are_stages(stages: tuple[int, ...]) -> bool:
     return bool(stages) and list(stages) == sorted(set(stages)) and set(stages) <= {1, 2, 3, 4, 5}
+
+
+def _divides(divisor: int, number: int) -> bool:
+    """Whether it does; a divisor of 0 is left to the rule that it must be positive."""
+    return number % (divisor or 1) == 0
+
+
+def _is_width(reconstructor: Reconstructor) -> bool:
+    return reconstructor.positions != "factorised" or reconstructor.width % 2 == 0
 
 
 def _are_weights(features: Features) -> bool:

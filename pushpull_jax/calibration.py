@@ -1,0 +1,57 @@
+"""The threshold: the conformal quantile of the scores of held-out normal images. Host, numpy.
+
+If a new normal image is exchangeable with the n held-out ones, its score exceeds the threshold with a probability of at
+most f (Vovk et al., Algorithmic Learning in a Random World, 2005, chapter 4).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Threshold(NamedTuple):
+    """A threshold and what it promises.
+
+    Attributes:
+        value: an image is anomalous when its score is above it.
+        false_positive_rate: the share of normal images that was asked for.
+        reachable: the lowest rate that n images can promise, 1 / (n + 1).
+        n: number of held-out normal images.
+    """
+
+    value: float
+    false_positive_rate: float
+    reachable: float
+    n: int
+
+    @property
+    def note(self) -> str:
+        """The promise in words."""
+        if self.reachable > self.false_positive_rate:
+            return (
+                f"{self.n} held-out normal images cannot promise a false-positive rate of {self.false_positive_rate:.1%}; "
+                f"the lowest they can is {self.reachable:.1%}, which this threshold, the largest of their scores, has"
+            )
+        return f"at most {self.false_positive_rate:.1%} of normal images score above it, by {self.n} held-out normal images"
+
+
+def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Threshold:
+    """The ceil((n+1)(1-f))-th smallest score of n normal images, or the largest where n is too small for f.
+
+    Args:
+        scores: [n], at least one, of normal images that were not trained on.
+        false_positive_rate: f, between 0 and 1.
+
+    Raises:
+        ValueError: no scores, a score is not finite, or f is not between 0 and 1.
+    """
+    scores = np.sort(np.asarray(scores, np.float64))
+    if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
+        raise ValueError(f"expected at least one finite score [n], got {scores!r}")
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"expected a false-positive rate between 0 and 1, got {false_positive_rate}")
+    n = scores.size
+    # The tolerance keeps (n+1)(1-f) = 19 + 2e-15 at rank 19.
+    rank = math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9)
+    return Threshold(float(scores[min(rank, n) - 1]), false_positive_rate, 1 / (n + 1), n)

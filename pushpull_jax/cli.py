@@ -1,0 +1,168 @@
+"""The command line: `pushpull train|evaluate|predict|demo`.
+
+jax and tensorflow are imported by the command that needs them, after its arguments have been checked. What a user can
+mend is one message and exit code 1; a usage error is exit code 2, as argparse and tyro have it.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pushpull_jax.config import Config, check, load_config, nearest
+from pushpull_jax.errors import InputError
+
+USAGE = """\
+usage: pushpull COMMAND ...
+
+Find defects in images: train a detector on a folder of photographs, see what it finds.
+
+commands:
+  train CONFIG --workdir DIR [--any.field VALUE]   train a detector and evaluate it
+  evaluate DIR                                     evaluate a run again: metrics, predictions, report
+  predict DIR IMAGES... --output OUT               score images: a table and heat maps
+  demo [--workdir DIR]                             the whole job on drawn images, in minutes
+
+CONFIG is a Python file or the name of a shipped config (demo, quick, adtr).
+`pushpull COMMAND --help` tells more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a detector and evaluate it; a run that was stopped goes on."""
+
+    workdir: Path
+    """Folder of the run, new or empty, or that of the same run."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a finished run on the test images of its category: metrics.json, predictions.csv, report.html."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    root: Path | None = None
+    """Where the data are now, if they have moved since the run was trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Score images with a finished run: OUT/predictions.csv, and a heat map an image at its native size."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders that are searched for images at any depth."""
+    output: Path
+    """Folder that is written to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Draw a data set of parts with defects, train on it, and evaluate."""
+
+    workdir: Path = Path("runs/demo")
+    """Folder of the run; the drawn images go to its sibling demo_data."""
+
+
+def _parse(command: type, arguments: list[str], **options: object):
+    return tyro.cli(command, args=arguments, prog=f"pushpull {command.__name__.lower()}", **options)
+
+
+def train(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        wants_help = any(argument in ("-h", "--help") for argument in arguments)
+        if not wants_help:
+            raise _UsageError("pushpull train: expected a config first: pushpull train CONFIG --workdir DIR")
+        print("usage: pushpull train CONFIG --workdir DIR [--any.field VALUE]; the defaults below are CONFIG quick's\n")
+        arguments = ["quick", *arguments]
+    config = load_config(arguments[0])
+    default = Train(workdir=tyro.MISSING, config=config)
+    chosen = _parse(Train, arguments[1:], default=default, config=(tyro.conf.AvoidSubcommands,))
+    root = str(Path(chosen.config.data.root).resolve()) if chosen.config.data.root else ""
+    config = dataclasses.replace(chosen.config, data=dataclasses.replace(chosen.config.data, root=root))
+    check(config, source="command line")
+    for name in ("root", "category"):
+        if not getattr(config.data, name):
+            raise _UsageError(f"pushpull train: expected --data.{name}, which config {arguments[0]} leaves open")
+
+    from pushpull_jax.train import train
+
+    _summarise(train(config, chosen.workdir, command=["pushpull", "train", *arguments]), chosen.workdir)
+
+
+def evaluate(arguments: list[str]) -> None:
+    chosen = _parse(Evaluate, arguments)
+
+    from pushpull_jax.evaluate import evaluate
+
+    _summarise(evaluate(chosen.workdir, root=chosen.root), chosen.workdir)
+
+
+def predict(arguments: list[str]) -> None:
+    chosen = _parse(Predict, arguments)
+
+    from pushpull_jax.detector import load
+    from pushpull_jax.predict import find_images, predict
+
+    find_images(chosen.images)  # a wrong path is said before the run is loaded
+    predictions, unreadable = predict(load(chosen.workdir), chosen.images, chosen.output)
+    anomalous = sum(prediction.verdict == "anomalous" for prediction in predictions)
+    print(f"{len(predictions)} images, {anomalous} anomalous: {chosen.output / 'predictions.csv'}")
+    if unreadable:
+        raise InputError(f"{len(unreadable)} files could not be read:\n  " + "\n  ".join(unreadable.values()))
+
+
+def demo(arguments: list[str]) -> None:
+    chosen = _parse(Demo, arguments)
+
+    from pushpull_jax.demo import run_demo
+
+    run_demo(chosen.workdir)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "demo": demo,
+}
+
+
+class _UsageError(Exception):
+    """A command line that does not fit; exit code 2."""
+
+
+def _summarise(metrics: dict, workdir: Path) -> None:
+    """The final metrics in percent, and where the rest is."""
+    from pushpull_jax.evaluate import METRICS
+
+    print("  ".join(f"{name} {100 * metrics[name]:.1f}" for name in METRICS))
+    print(f"threshold {metrics['threshold']:.4g}: {metrics['false_alarms']} of {metrics['normal']} normal images "
+          f"called anomalous, {metrics['missed']} of {metrics['anomalous']} anomalous ones missed")  # fmt: skip
+    print(f"report: {workdir / 'report.html'}")
+
+
+def main() -> None:
+    """Entry point of `pushpull`; exits with 0, 1 (input that cannot be used) or 2 (usage)."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if arguments else 2)
+    try:
+        if arguments[0] not in COMMANDS:
+            raise _UsageError(f"pushpull: no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}\n\n{USAGE}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except _UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except InputError as error:
+        print(f"pushpull {arguments[0]}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"pushpull {arguments[0]}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

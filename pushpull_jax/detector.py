@@ -1,0 +1,201 @@
+"""The one way from images to scores and maps; every program and every artefact calls `detect`.
+
+Parameters (backbone, standardisation, reconstructor, threshold) are one tree. Images are [B,S,S,3] in 0..255 at the
+run's size S inside `detect`, and uint8 [B,H,W,3] of any size for a `Detector`. Scores and maps are in the units of the
+score map, so one threshold serves both.
+"""
+
+import functools
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from pushpull_jax import scoring, workdir as files
+from pushpull_jax.checkpoint import Checkpoints
+from pushpull_jax.config import Config
+from pushpull_jax.data.images import Resize, letterbox_box, resize_image
+from pushpull_jax.errors import InputError
+from pushpull_jax.features import FeatureSpec, Standardisation, extract
+from pushpull_jax.models.reconstructor import Reconstructor
+from pushpull_jax.steps import State, init_state, make_optimizer
+from pushpull_jax.weights import find_backbone, load_parameters
+
+# Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
+REFERENCE_SIZE = 256
+# Images that are scored at a time by a `Detector`; fewer are padded, so that one program serves any number.
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Network:
+    """All of a detector that is not a number: hashable, a static argument of `detect`.
+
+    Attributes:
+        features: what is extracted.
+        reconstructor: linen module, [B,h,w,C] -> [B,h,w,C].
+        image_size: S.
+        resize: how an image is brought to S.
+        smoothing: deviation of the Gaussian over the map, in pixels of an image of 256.
+        window: side of the window of the image score, in pixels of an image of 256.
+    """
+
+    features: FeatureSpec
+    reconstructor: nn.Module
+    image_size: int
+    resize: Resize
+    smoothing: float
+    window: int
+
+    @property
+    def scale(self) -> float:
+        return self.image_size / REFERENCE_SIZE
+
+
+def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores [B] and maps [B,S,S], float32, of images [B,S,S,3] in 0..255; a pure function of parameters and images."""
+    features = extract(network.features, parameters["backbone"], images)
+    return detect_features(network, parameters, Standardisation(**parameters["standardisation"])(features))
+
+
+def detect_features(
+    network: Network, parameters: dict[str, Any], features: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The second half of `detect`, from standardised features [B,h,w,C]."""
+    reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+    maps = scoring.upsample(scoring.score_map(features, reconstruction), network.image_size)
+    maps = scoring.smooth(maps, sigma=network.smoothing * network.scale)
+    return scoring.image_score(maps, window=max(1, round(network.window * network.scale))), maps
+
+
+@functools.cache
+def _compiled(network: Network):
+    return jax.jit(functools.partial(detect, network))
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A trained detector: `scores, maps = detector(images)`.
+
+    Attributes:
+        network: what is computed.
+        parameters: the tree: "backbone", "standardisation", "reconstructor", "threshold".
+    """
+
+    network: Network
+    parameters: dict[str, Any]
+
+    @property
+    def threshold(self) -> float:
+        """An image whose score is above it is anomalous."""
+        return float(self.parameters["threshold"])
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and maps of images of one size.
+
+        Args:
+            images: [B,H,W,3] uint8, RGB; H and W are free.
+
+        Returns:
+            Scores [B] float32, and maps [B,H,W] float32 at the size of the images.
+
+        Raises:
+            ValueError: images have another shape or dtype.
+        """
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 [B,H,W,3], got {images.dtype} {list(images.shape)}")
+        size, mode = self.network.image_size, self.network.resize
+        resized = [resize_image(image, size=size, mode=mode) for image in images]
+        scores, maps = self.detect_resized(np.stack(resized) if resized else np.zeros((0, size, size, 3), np.float32))
+        native = [self.to_native(score_map, images.shape[1:3]) for score_map in maps]
+        return scores, np.stack(native) if native else np.zeros(images.shape[:3], np.float32)
+
+    def detect_resized(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [B] and maps [B,S,S] of images [B,S,S,3] in 0..255 that already have the run's size."""
+        scores, maps = [np.zeros(0, np.float32)], [np.zeros((0, *images.shape[1:3]), np.float32)]
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE]
+            padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
+            batch_scores, batch_maps = jax.device_get(_compiled(self.network)(self.parameters, padded))
+            scores.append(batch_scores[: len(batch)])
+            maps.append(batch_maps[: len(batch)])
+        return np.concatenate(scores), np.concatenate(maps)
+
+    def to_native(self, score_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A map [S,S] at the native size (H, W) of its image, as `scoring.upsample` does, the letterbox undone.
+
+        On the host: a program would be compiled for every size that a folder of photographs holds.
+        """
+        if self.network.resize == "letterbox":
+            top, left, height, width = letterbox_box(*size, self.network.image_size)
+            score_map = score_map[top : top + height, left : left + width]
+        if score_map.shape == tuple(size):
+            return score_map
+        rows, columns = (scoring.interpolation_matrix(n_in, n_out) for n_in, n_out in zip(score_map.shape, size))
+        return rows @ score_map @ columns.T
+
+
+def build_network(config: Config, *, reconstructor: nn.Module | None = None) -> Network:
+    """The network that a config describes; `reconstructor` replaces the config's by any linen module."""
+    features, scores = config.features, config.scoring
+    return Network(
+        features=FeatureSpec(find_backbone(features.backbone), features.stages, features.grid, features.resample),
+        reconstructor=reconstructor or Reconstructor(**asdict(config.reconstructor)),
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        smoothing=scores.smoothing,
+        window=scores.window,
+    )
+
+
+def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser that a config describes, and its learning rate by step."""
+    settings = config.training
+    return make_optimizer(
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        steps=settings.steps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def initial_state(config: Config, network: Network) -> State:
+    """The state before the first step."""
+    shape = (network.features.grid, network.features.grid, sum(network.features.widths))
+    return init_state(jax.random.key(config.seed), network.reconstructor, build_optimizer(config)[0], shape)
+
+
+def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) -> Detector:
+    """The detector of a finished run: `scores, maps = load("runs/bottle")(images)`.
+
+    Args:
+        workdir: folder of the run.
+        reconstructor: the module that the run was trained with, where it is not the config's.
+
+    Raises:
+        InputError: the folder is not a run, the run is not finished, or one of its files is damaged.
+    """
+    folder = Path(workdir)
+    config, _ = files.read_config(folder)
+    network = build_network(config, reconstructor=reconstructor)
+    if not (folder / files.THRESHOLD).is_file():
+        raise InputError(f"workdir {folder}: the run is not finished; the command that started it goes on with it")
+    channels = jax.ShapeDtypeStruct((sum(network.features.widths),), np.float32)
+    like = {
+        "backbone": network.features.backbone.abstract_parameters(),
+        "standardisation": Standardisation(channels, channels)._asdict(),
+    }
+    frozen = load_parameters(folder / files.BACKBONE, like=like)
+    with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
+        state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network)))
+    threshold = np.float32(files.read_json(folder / files.THRESHOLD)["threshold"])
+    tree = frozen | {"reconstructor": state.parameters, "threshold": threshold}
+    return Detector(network, jax.device_put(tree))

@@ -1,0 +1,177 @@
+"""The evaluation program: score the test images of a run, and write metrics.json, predictions.csv and report.html.
+
+Nothing is chosen on the test images: the detector and its threshold are the run's. Pixel metrics are computed at the
+image size of the run, against masks reduced by area; the label of an image is the data set's, never its mask's.
+"""
+
+import csv
+import io
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+from tqdm import tqdm
+
+from pushpull_jax import metrics, report, workdir as files
+from pushpull_jax.config import Config, to_dict
+from pushpull_jax.data.images import read_image, resize_image
+from pushpull_jax.data.manifest import Record
+from pushpull_jax.data.mvtec_ad import read_mvtec_ad
+from pushpull_jax.data.pipeline import image_batches
+from pushpull_jax.detector import BATCH_SIZE, Detector, load
+
+FPR_LIMIT = 0.3
+METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
+
+
+class Scored(NamedTuple):
+    """The test images that could be read, with what the detector says of them."""
+
+    records: tuple[Record, ...]
+    scores: np.ndarray  # [N] float32
+    maps: np.ndarray  # [N,S,S] float32
+    masks: np.ndarray  # [N,S,S] bool
+    has_mask: np.ndarray  # [N] bool: whether the truth of the pixels is known
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.asarray([record.label for record in self.records], bool)
+
+
+def evaluate(
+    workdir: str | os.PathLike, *, root: str | os.PathLike | None = None, reconstructor: nn.Module | None = None
+) -> dict[str, Any]:
+    """Evaluate a finished run on the test images of its category.
+
+    Args:
+        workdir: folder of the run.
+        root: where the data are now, if they have moved.
+        reconstructor: as given to `train`.
+
+    Returns:
+        The contents of metrics.json: each metric in [0,1] (nan where it has no answer), and what they mean.
+
+    Raises:
+        InputError: the run or the data cannot be used.
+    """
+    folder = Path(workdir)
+    config, run = files.read_config(folder)
+    if root is not None:
+        config = replace(config, data=replace(config.data, root=str(root)))
+    detector = load(folder, reconstructor=reconstructor)
+    scored = score(detector, config)
+    result = measure(scored, detector.threshold) | {
+        "resolution": config.data.image_size,
+        "mask_rule": "anomalous where at least half of the area is, at the resolution",
+        "fpr_limit": FPR_LIMIT,
+    }
+    files.write_json(folder / files.METRICS, result)
+    files.write_text(folder / files.PREDICTIONS, _predictions(scored, detector.threshold))
+    _write_report(folder, config, run, scored, detector, result)
+    return result
+
+
+def score(detector: Detector, config: Config) -> Scored:
+    """Scores, maps and masks of the test images of a config's category."""
+    records = tuple(r for r in read_mvtec_ad(config.data.root, config.data.category) if r.split == "test")
+    dropped: dict[str, str] = {}
+    batches = image_batches(
+        records,
+        image_size=config.data.image_size,
+        batch_size=BATCH_SIZE,
+        resize=config.data.resize,
+        with_masks=True,
+        on_unreadable=config.data.on_unreadable,
+        dropped=dropped,
+    )
+    columns = []
+    bar = tqdm(batches, desc="scoring", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
+    for batch in bar:
+        columns.append((*detector.detect_resized(batch["image"]), batch["mask"], batch["has_mask"]))
+    scores, maps, masks, has_mask = (np.concatenate(column) for column in zip(*columns))
+    return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask)
+
+
+def measure(scored: Scored, threshold: float) -> dict[str, Any]:
+    """All metrics of scored images, and the verdicts at the threshold."""
+    verdicts, labels, known = scored.scores > threshold, scored.labels, scored.has_mask
+    result = metrics.image_metrics(labels, scored.scores)
+    result |= metrics.pixel_metrics(scored.masks[known], scored.maps[known], fpr_limit=FPR_LIMIT)
+    return result | {
+        "threshold": threshold,
+        "images": len(labels),
+        "images_with_pixel_truth": int(known.sum()),
+        "false_alarms": int((verdicts & ~labels).sum()),
+        "normal": int((~labels).sum()),
+        "missed": int((~verdicts & labels).sum()),
+        "anomalous": int(labels.sum()),
+    }
+
+
+def _predictions(scored: Scored, threshold: float) -> str:
+    """predictions.csv: a row an image."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("path", "label", "defect_type", "score", "threshold", "verdict"))
+    for record, value in zip(scored.records, scored.scores.tolist()):
+        verdict = "anomalous" if value > threshold else "normal"
+        rows.writerow((record.key, record.label, record.defect_type, f"{value:.6g}", f"{threshold:.6g}", verdict))
+    return text.getvalue()
+
+
+def _write_report(
+    folder: Path, config: Config, run: dict[str, Any], scored: Scored, detector: Detector, result: dict[str, Any]
+) -> None:
+    threshold = files.read_json(folder / files.THRESHOLD)
+    known = scored.has_mask
+    groups = report.choose_cases(scored.labels, scored.scores, detector.threshold)
+    contents = report.Report(
+        title=f"{config.data.category} · {folder.name}",
+        metrics={name: result[name] for name in METRICS},
+        threshold=detector.threshold,
+        false_positive_rate=threshold["false_positive_rate"],
+        threshold_note=threshold["note"],
+        labels=scored.labels.astype(int),
+        scores=scored.scores,
+        defect_types=[record.defect_type for record in scored.records],
+        roc=metrics.roc_curve(scored.labels, scored.scores),
+        pro=metrics.pro_curve(scored.masks[known], scored.maps[known]) if scored.masks[known].any() else None,
+        pro_limit=FPR_LIMIT,
+        cases=[_case(scored, i, config) for i in sorted({int(i) for group in groups.values() for i in group})],
+        history=files.read_lines(folder / files.LOG),
+        config=to_dict(config),
+        details=_details(run, result),
+    )
+    report.write_report(folder / files.REPORT, contents)
+
+
+def _case(scored: Scored, i: int, config: Config) -> report.Case:
+    """One test image as the report shows it: at the size of the run, as the detector saw it."""
+    record = scored.records[i]
+    image = resize_image(read_image(record), size=config.data.image_size, mode=config.data.resize)
+    return report.Case(
+        key=record.key,
+        defect_type=record.defect_type,
+        label=record.label,
+        score=float(scored.scores[i]),
+        image=np.rint(image).astype(np.uint8),
+        mask=scored.masks[i] if scored.has_mask[i] else None,
+        map=scored.maps[i],
+    )
+
+
+def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+    """Where the numbers come from."""
+    data = run["data"]
+    return {
+        "command": " ".join(run["command"]) or "called from Python",
+        "data fingerprint": data["fingerprint"],
+        "images": f"{data['train']} trained on, {len(data['held_out'])} held out for the threshold, {data['test']} test",
+        "resolution of pixel metrics": f"{result['resolution']} px; masks {result['mask_rule']}",
+        "false-positive rate limit of AU-PRO": str(result["fpr_limit"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    }

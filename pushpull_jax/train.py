@@ -1,0 +1,225 @@
+"""The training program: features once, then one compiled scan of steps after another, then threshold and evaluation.
+
+A run trains on the normal training images of one category but for those held out, which fit the threshold. The same
+command continues a run that was stopped, to the same numbers.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pushpull_jax import losses, workdir as files
+from pushpull_jax.calibration import Threshold, conformal_threshold
+from pushpull_jax.checkpoint import Checkpoints
+from pushpull_jax.config import Config, check
+from pushpull_jax.data.manifest import Record, fingerprint, hold_out
+from pushpull_jax.data.mvtec_ad import read_mvtec_ad
+from pushpull_jax.data.pipeline import check_readable, image_batches
+from pushpull_jax.detector import BATCH_SIZE, Network, build_network, build_optimizer, detect_features, initial_state
+from pushpull_jax.errors import InputError
+from pushpull_jax.evaluate import evaluate
+from pushpull_jax.features import Standardisation, extract_all, fit_standardisation, raw
+from pushpull_jax.steps import Batch, LossFunction, State, batch_indices, make_chunk, make_step, training_apply
+from pushpull_jax.weights import load_backbone, save_parameters
+
+
+class TrainingData(NamedTuple):
+    """What a run trains on: standardised features, and everything frozen that belongs to them."""
+
+    fit: np.ndarray  # [N,h,w,C], trained on
+    held: np.ndarray  # [n,h,w,C], kept for the threshold
+    held_keys: tuple[str, ...]
+    frozen: dict[str, Any]  # "backbone" and "standardisation", saved once a run
+    summary: dict[str, Any]  # for config.json
+
+
+def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
+    """Eq. 1, divided by C so that clipping and learning rate do not depend on the backbone."""
+    channels = reconstruction.shape[-1]
+    return losses.reconstruction_loss(batch["features"], reconstruction) / channels
+
+
+def pseudo_huber(batch: Batch, reconstruction: jax.Array) -> jax.Array:
+    """Eq. 7 of a normal image: the mean of the pseudo-Huber map."""
+    return jnp.mean(losses.pseudo_huber_map(batch["features"], reconstruction), axis=(-2, -1))
+
+
+LOSSES: dict[str, LossFunction] = {"squared": squared, "pseudo_huber": pseudo_huber}
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    loss_fn: LossFunction | None = None,
+    reconstructor: nn.Module | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train a detector, or go on with a run that was stopped, and evaluate it.
+
+    Args:
+        config: the run.
+        workdir: its folder, new or empty, or that of the same run.
+        loss_fn: replaces the config's loss: (batch, reconstruction [B,h,w,C]) -> [B], see `steps.make_step`.
+        reconstructor: replaces the config's reconstructor by any linen module [B,h,w,C] -> [B,h,w,C] that takes
+            `train`; `load` and `evaluate` must be given it too.
+        command: what was typed, for config.json.
+
+    Returns:
+        The contents of metrics.json.
+
+    Raises:
+        InputError: the config, the data or the folder cannot be used; nothing is written then.
+    """
+    folder = Path(workdir)
+    check(config, source="config")
+    network = build_network(config, reconstructor=reconstructor)
+    resumed = files.check_startable(folder, config)
+    data = prepare(config, network)
+    if resumed:
+        _check_same_data(folder, data)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"source": network.features.backbone.source, "licence": network.features.backbone.licence}
+        save_parameters(folder / files.BACKBONE, data.frozen, metadata=metadata)
+        files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command))
+    state = _fit(config, network, data, folder, loss_fn or LOSSES[config.training.loss])
+    parameters = data.frozen | {"reconstructor": state.parameters}
+    threshold, scores = fit_threshold(config, network, parameters, data.held)
+    _say(threshold.note)
+    values = {
+        "threshold": threshold.value,
+        "false_positive_rate": threshold.false_positive_rate,
+        "note": threshold.note,
+        "held_out_scores": dict(zip(data.held_keys, scores.tolist(), strict=True)),
+    }
+    files.write_json(folder / files.THRESHOLD, values)
+    return evaluate(folder, reconstructor=reconstructor)
+
+
+def prepare(config: Config, network: Network) -> TrainingData:
+    """Read the data, check every file of it, extract features and fit their standardisation.
+
+    Raises:
+        InputError: see `read_mvtec_ad` and `image_batches`; or fewer than two normal images are left.
+    """
+    records = read_mvtec_ad(config.data.root, config.data.category)
+    policy, dropped = config.data.on_unreadable, {}
+    test = check_readable([r for r in records if r.split == "test"], on_unreadable=policy, dropped=dropped)
+    normal = tuple(r for r in records if r.split == "train" and r.label == 0)
+    backbone, parameters = load_backbone(config.features.backbone)
+    normal, features = _extract(config, network, parameters, normal, dropped)
+    for key, reason in dropped.items():
+        _say(f"left out {key}: {reason}")
+    if len(normal) < 2:
+        raise InputError(f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out")
+    fit, held = hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
+    position = {record.key: i for i, record in enumerate(normal)}
+    fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
+    standardisation = _standardisation(config, network, fit_features)
+    return TrainingData(
+        fit=np.asarray(standardisation(fit_features)),
+        held=np.asarray(standardisation(held_features)),
+        held_keys=tuple(record.key for record in held),
+        frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
+        summary={
+            "fingerprint": fingerprint([*normal, *test]),
+            "train": len(fit),
+            "held_out": [record.key for record in held],
+            "test": len(test),
+            "left_out": dropped,
+        },
+    )
+
+
+def _extract(
+    config: Config, network: Network, parameters: dict, records: tuple[Record, ...], dropped: dict[str, str]
+) -> tuple[tuple[Record, ...], np.ndarray]:
+    """The records that could be read, and their features [N,h,w,C], not standardised."""
+    batches = image_batches(
+        records,
+        image_size=config.data.image_size,
+        batch_size=BATCH_SIZE,
+        resize=config.data.resize,
+        on_unreadable=config.data.on_unreadable,
+        dropped=dropped,
+    )
+    bar = tqdm(batches, desc="features", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
+    features = extract_all(network.features, parameters, bar, batch_size=BATCH_SIZE)
+    return tuple(record for record in records if record.key not in dropped), features
+
+
+def _standardisation(config: Config, network: Network, features: np.ndarray) -> Standardisation:
+    widths = network.features.widths
+    if not config.features.standardise:
+        return raw(sum(widths))
+    fitted, constant = fit_standardisation(features, widths, stage_weights=config.features.stage_weights)
+    if constant:
+        _say(f"channels {constant} of the features are constant over the training images; they are only shifted")
+    return fitted
+
+
+def _check_same_data(folder: Path, data: TrainingData) -> None:
+    there = files.read_config(folder)[1]["data"]["fingerprint"]
+    if there != data.summary["fingerprint"]:
+        raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
+
+
+def _fit(config: Config, network: Network, data: TrainingData, folder: Path, loss_fn: LossFunction) -> State:
+    """Train to the last step, from the newest checkpoint on."""
+    settings, size = config.training, config.log.every
+    optimizer, rate = build_optimizer(config)
+    apply_fn = training_apply(network.reconstructor, jitter=settings.jitter)
+    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer))
+    examples, key = {"features": jax.device_put(data.fit)}, jax.random.key(config.seed)
+    with Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
+        state = initial_state(config, network)
+        if checkpoints.latest is not None:
+            state = jax.device_put(checkpoints.restore(state))
+        start = int(state.step)
+        log = folder / files.LOG
+        files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= start))
+        with tqdm(desc="training", total=settings.steps, initial=start, unit="step", file=sys.stderr) as bar:
+            for step in range(start, settings.steps, size):
+                began, last = time.perf_counter(), min(step + size, settings.steps)
+                rows = [batch_indices(config.seed, s, batch_size=settings.batch_size, count=len(data.fit))
+                        if s < last else np.full(settings.batch_size, -1, np.int32) for s in range(step, step + size)]  # fmt: skip
+                state, metrics = chunk(state, examples, np.stack(rows), key)
+                metrics = {name: float(np.mean(values[: last - step])) for name, values in jax.device_get(metrics).items()}
+                seconds = (time.perf_counter() - began) / (last - step)
+                row = {"step": last, **metrics, "learning_rate": float(rate(last - 1)), "seconds_per_step": seconds}
+                if not np.isfinite(metrics["loss"]):
+                    raise InputError(f"the loss is {metrics['loss']} at steps {step + 1} to {last}: lower training.learning_rate")
+                files.append_line(log, row)
+                bar.update(last - step)
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", rate=f"{row['learning_rate']:.1e}")
+                if last % config.checkpoint.every == 0 or last == settings.steps:
+                    checkpoints.save(state)
+    return state
+
+
+def fit_threshold(
+    config: Config, network: Network, parameters: dict[str, Any], held: np.ndarray
+) -> tuple[Threshold, np.ndarray]:
+    """The conformal threshold from held-out features [n,h,w,C], and their scores [n]."""
+    score = jax.jit(lambda parameters, features: detect_features(network, parameters, features)[0])
+    scores = []
+    for start in range(0, len(held), BATCH_SIZE):
+        batch = held[start : start + BATCH_SIZE]
+        padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
+        scores.append(np.asarray(score(parameters, padded))[: len(batch)])
+    scores = np.concatenate(scores)
+    return conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate), scores
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,139 @@
+"""The files of a run's folder, written in whole parts: a reader sees the old file or the new one, never half of one.
+
+    config.json           the resolved config, versions, command, and what data it saw
+    backbone.safetensors  frozen parameters: the backbone's and the standardisation
+    checkpoints/          states of the reconstructor and its optimiser (orbax)
+    metrics.jsonl         a line a logging step
+    threshold.json        the threshold, and the held-out scores that it was fitted on
+    metrics.json, predictions.csv, report.html            the evaluation
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pushpull_jax.config import HOW_IT_RUNS, Config, check, flatten, from_dict, to_dict
+from pushpull_jax.errors import InputError
+
+CONFIG, BACKBONE, CHECKPOINTS, LOG = "config.json", "backbone.safetensors", "checkpoints", "metrics.jsonl"
+THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "predictions.csv", "report.html"
+
+# What the numbers of a run depend on.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a part beside it first, then renamed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON in one step; a float that is not finite becomes null, since JSON has no such number."""
+    write_text(path, json.dumps(_finite(values), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        InputError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file; none where there is no file. A torn last line, of a run killed, is left out.
+
+    Raises:
+        InputError: another line is not JSON.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} cannot be read as JSON: {error}") from error
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Replace a JSON-lines file."""
+    write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Add one row to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row)) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of the packages that the numbers depend on."""
+    names = ("pushpull_jax", *_PACKAGES)
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def is_run(workdir: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (workdir / CONFIG).is_file()
+
+
+def read_config(workdir: Path) -> tuple[Config, dict[str, Any]]:
+    """The config of a run, and the rest of its config.json.
+
+    Raises:
+        InputError: the folder does not exist, is not a run, or its config.json is not one of ours.
+    """
+    if not workdir.is_dir():
+        raise InputError(f"workdir {workdir}: there is no such folder")
+    if not is_run(workdir):
+        raise InputError(f"workdir {workdir} is not a run: it has no {CONFIG} (`pushpull train` writes one)")
+    values = read_json(workdir / CONFIG)
+    if not isinstance(values, dict) or "config" not in values:
+        raise InputError(f"{workdir / CONFIG}: expected an object with a field `config`")
+    config = from_dict(values.pop("config"), source=str(workdir / CONFIG))
+    check(config, source=str(workdir / CONFIG))
+    return config, values
+
+
+def write_config(workdir: Path, config: Config, **rest: Any) -> None:
+    """Write config.json: the config, and whatever else is worth knowing of the run."""
+    write_json(workdir / CONFIG, {"config": to_dict(config), **rest})
+
+
+def check_startable(workdir: Path, config: Config) -> bool:
+    """Whether a run is resumed (True) or started (False).
+
+    Raises:
+        InputError: the folder holds a run of another config, or something that is not a run.
+    """
+    if not is_run(workdir):
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise InputError(f"workdir {workdir} exists and is not a run: choose an empty or a new folder")
+        return False
+    there, here = flatten(read_config(workdir)[0]), flatten(config)
+    differing = [name for name in here if here[name] != there[name] and not name.startswith(HOW_IT_RUNS)]
+    if differing:
+        shown = ", ".join(f"{name} = {there[name]!r} there, {here[name]!r} here" for name in differing)
+        raise InputError(f"workdir {workdir} holds a run of another config: {shown}")
+    return True
