@@ -1,14 +1,8 @@
-"""The demo: drawn parts with five kinds of defects.
+"""The demo: drawn parts with five kinds of defects, by the recipe of configs/quick.py.
 
     pushpull demo
 """
 
-from pushpull_jax.config import Checkpoint, Config, Features, Reconstructor, Scoring, Training
+from pushpull_jax.config import load_config
 
-config = Config(
-    features=Features(stages=(1, 2, 3, 4), grid=32, standardise=True),
-    reconstructor=Reconstructor(encoder_layers=2, decoder_layers=2, hidden=512, dropout=0.0, fold=4),
-    training=Training(steps=100, learning_rate=1e-3, warmup_steps=10),
-    scoring=Scoring(smoothing=4.0),
-    checkpoint=Checkpoint(every=50),
-)
+config = load_config("quick")

@@ -52,6 +52,6 @@ def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Th
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"expected a false-positive rate between 0 and 1, got {false_positive_rate}")
     n = scores.size
-    # The tolerance keeps (n+1)(1-f) = 19 + 2e-15 at rank 19.
+    # The tolerance keeps 10 (1 - 0.7), which floats make 3.0000000000000004, at rank 3.
     rank = math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9)
     return Threshold(float(scores[min(rank, n) - 1]), false_positive_rate, 1 / (n + 1), n)

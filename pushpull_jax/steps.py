@@ -20,6 +20,10 @@ LossFunction = Callable[[Batch, jax.Array], jax.Array]
 ApplyFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
+# What a step tells of itself, float32 scalars.
+METRICS = ("loss", "gradient_norm")
+
+
 class State(NamedTuple):
     """All that training changes: steps done, parameters of the reconstructor, state of the optimiser."""
 
@@ -84,7 +88,7 @@ def training_apply(reconstructor: nn.Module, *, jitter: float = 0.0) -> ApplyFun
 def make_step(
     loss_fn: LossFunction, apply_fn: ApplyFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """One optimisation step as a pure function (state, batch, key) -> (state, {"loss", "gradient_norm"}).
+    """One optimisation step as a pure function (state, batch, key) -> (state, a dict of METRICS).
 
     Args:
         loss_fn: (batch, reconstruction [B,h,w,C]) -> [B]; the mean over the batch is taken here.
@@ -121,7 +125,7 @@ def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array]
             return step(state, batch, jax.random.fold_in(key, state.step))
 
         def skip(state: State, chosen: jax.Array):
-            return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state, chosen)[1])
+            return state, {name: jnp.zeros(()) for name in METRICS}
 
         return jax.lax.scan(lambda state, chosen: jax.lax.cond(chosen[0] >= 0, run, skip, state, chosen), state, indices)
 
