@@ -19,11 +19,10 @@ import numpy as np
 
 from pushpull_jax.errors import InputError
 
-DEFECTS = ("dent", "foreign_body", "missing_piece", "scratch", "stain")
 DRAWING_VERSION = 1  # goes up with every change that alters a pixel: folders of different versions must not mix
-# Pose, each way: radians, px, share. Chosen for what 200 steps on 120 parts can learn: a 2 + 2 layer reconstructor reached
-# image AUROC 0.97 at 0.035 and 2 px, 0.87 at 0.05 and 3 px, 0.66 at 0.12 and 5 px (seed 2, one stage of the tuning). The
-# distance to the mean training picture is at 0.5 to 0.7 at all of them.
+# Pose, each way: radians, px, share. Chosen for what 200 steps on 120 parts can learn: a reconstructor of 2 + 2 layers
+# reached image AUROC 0.97 at 0.035 and 2 px, 0.87 at 0.05 and 3 px, 0.66 at 0.12 and 5 px (seed 2, at one stage of the
+# tuning). The distance to the mean training picture is at 0.5 to 0.7 at all of them.
 _TURN, _SHIFT, _ZOOM = 0.035, 2.0, 0.01
 _VISIBLE = 3.0  # grey levels: a smaller change drowns in the sensor's noise and is left out, a larger survives rounding
 
@@ -240,9 +239,9 @@ def _bend(rng, length, sag, pieces):
     """[pieces + 1, 2] points of a bow of this length at a random angle, centred; its sag is a share of the length."""
     t = np.linspace(-0.5, 0.5, pieces + 1)
     angle, sag = rng.uniform(0, 2 * math.pi), rng.uniform(-sag, sag)
-    bow = length * np.stack([t, sag * (1 - 4 * t * t)], axis=1)
+    x, y = length * t, length * sag * (1 - 4 * t * t)
     c, w = math.cos(angle), math.sin(angle)
-    return bow @ np.array([[c, w], [-w, c]])
+    return np.stack([c * x - w * y, w * x + c * y], axis=1)
 
 
 def _dent(rng, scene):
@@ -271,13 +270,13 @@ def _scratch(rng, scene):
     width, depth = rng.uniform(1.2, 2.3) * s, rng.uniform(1.2, 2.2) * s
     groove, polish = np.zeros_like(part.relief), np.zeros_like(part.relief)
     for _ in range(rng.integers(1, 4)):
-        shift = rng.uniform(-5, 5, 2) * s
-        distance, place = _curve(scene.px - cx - shift[0], scene.py - cy - shift[1], points, 10 * s)
+        dx, dy = scene.px - cx - rng.uniform(-5, 5) * s, scene.py - cy - rng.uniform(-5, 5) * s
+        distance, place = _curve(dx, dy, points, 10 * s)
         press = np.clip(6 * place * (1 - place), 0, 1) * (0.75 + 0.25 * np.cos(place * rng.uniform(5, 25)))
         near = (distance / width) ** 2
-        groove += press * (1.0 * np.exp(-near) - 0.35 * np.exp(-((np.sqrt(near) - 1.6) ** 2) * 3)).astype(np.float32)
+        groove += press * (np.exp(-near) - 0.35 * np.exp(-((np.sqrt(near) - 1.6) ** 2) * 3)).astype(np.float32)
         polish = np.maximum(polish, press * np.exp(-near))
-    fresh = rng.choice([-0.45, 0.25])  # a dark, dirty one or bare metal
+    fresh = -0.45 if rng.random() < 0.5 else 0.25  # a dark, dirty one or bare metal
     return replace(
         part,
         relief=part.relief - depth * groove,
@@ -335,7 +334,14 @@ def _missing_piece(rng, scene):
 
 
 _PLASTICS = np.array(  # reflectance of what falls on a bench: blue, red, yellow, black, white, green
-    [[0.06, 0.16, 0.45], [0.50, 0.07, 0.05], [0.60, 0.40, 0.06], [0.03, 0.03, 0.035], [0.7, 0.69, 0.65], [0.08, 0.3, 0.1]],
+    [
+        [0.06, 0.16, 0.45],
+        [0.50, 0.07, 0.05],
+        [0.60, 0.40, 0.06],
+        [0.03, 0.03, 0.035],
+        [0.70, 0.69, 0.65],
+        [0.08, 0.30, 0.10],
+    ],
     np.float32,
 )
 
@@ -368,7 +374,8 @@ def _foreign_body(rng, scene):
         body = np.array([0.62, 0.58, 0.50], np.float32)
     cover = np.clip(0.5 - blob, 0, 1).astype(np.float32)
     rest = ndimage.gaussian_filter(part.relief, 4 * s)  # it bridges what is under it and does not follow every edge
-    return replace(part, relief=part.relief + (rest - part.relief) * cover, cover=cover, lift=lift.astype(np.float32), body=body)
+    relief = part.relief + (rest - part.relief) * cover
+    return replace(part, relief=relief, cover=cover, lift=lift.astype(np.float32), body=body)
 
 
 _DRAW = {
@@ -378,6 +385,7 @@ _DRAW = {
     "scratch": _scratch,
     "stain": _stain,
 }
+DEFECTS = tuple(_DRAW)
 
 
 def _changed(change, s):
@@ -406,9 +414,7 @@ def _spoil(rng, scene, good, defect):
     return np.where(mask[..., None], bad, good), mask
 
 
-def draw_part(
-    rng: np.random.Generator, *, size: int = 256, defect: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_part(rng: np.random.Generator, *, size: int = 256, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Draws one picture of the part and the mask of its defect.
 
     Two generators in the same state draw the same part, pose, light and sensor noise whatever the defect, so that the
