@@ -1,6 +1,6 @@
 """The demo: drawn parts with five kinds of defects, by the recipe of configs/quick.py.
 
-    pushpull demo
+pushpull demo
 """
 
 from pushpull_jax.config import load_config

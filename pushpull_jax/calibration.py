@@ -28,12 +28,13 @@ class Threshold(NamedTuple):
     @property
     def note(self) -> str:
         """The promise in words."""
+        images, rate = f"{self.n} held-out normal images", f"{self.false_positive_rate:.1%}"
         if self.reachable > self.false_positive_rate:
             return (
-                f"{self.n} held-out normal images cannot promise a false-positive rate of {self.false_positive_rate:.1%}; "
-                f"the lowest they can is {self.reachable:.1%}, which this threshold, the largest of their scores, has"
+                f"{images} cannot promise a false-positive rate of {rate}; the lowest they can is "
+                f"{self.reachable:.1%}, which this threshold, the largest of their scores, has"
             )
-        return f"at most {self.false_positive_rate:.1%} of normal images score above it, by {self.n} held-out normal images"
+        return f"at most {rate} of normal images score above it, by {images}"
 
 
 def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Threshold:

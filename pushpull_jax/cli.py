@@ -70,7 +70,9 @@ class Demo:
 
 
 def _parse(command: type, arguments: list[str], **options: object):
-    return tyro.cli(command, args=arguments, prog=f"pushpull {command.__name__.lower()}", **options)
+    return tyro.cli(
+        command, args=arguments, prog=f"pushpull {command.__name__.lower()}", use_underscores=True, **options
+    )
 
 
 def train(arguments: list[str]) -> None:

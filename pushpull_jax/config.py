@@ -23,7 +23,7 @@ class Data:
     """Which images, and how they become one size."""
 
     root: str = ""
-    """Folder in the MVTec-AD layout: ROOT/CATEGORY/train/good, ROOT/CATEGORY/test/DEFECT, ROOT/CATEGORY/ground_truth."""
+    """Folder in the MVTec-AD layout: ROOT/CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}."""
     category: str = ""
     """Sub-folder of root to train on."""
     image_size: int = 256
@@ -105,7 +105,7 @@ class Scoring:
     """From the score map to the verdict."""
 
     smoothing: float = 0.0
-    """Deviation in pixels, for an image of 256, of the Gaussian that smooths the upsampled map; scaled with the image."""
+    """Deviation in pixels, for an image of 256, of the Gaussian over the upsampled map; scaled with the image."""
     window: int = 16
     """Side in pixels, for an image of 256, of the window whose largest mean is the image's score; scaled likewise."""
     false_positive_rate: float = 0.05

@@ -1,4 +1,4 @@
-"""The demo program: draw parts with defects, train on them, and print our figures beside those of a trivial detector."""
+"""The demo program: draw parts with defects, train on them, print our figures beside those of a trivial detector."""
 
 import sys
 from dataclasses import replace

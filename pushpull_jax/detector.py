@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import optax
 
-from pushpull_jax import scoring, workdir as files
+from pushpull_jax import scoring
+from pushpull_jax import workdir as files
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import Resize, letterbox_box, resize_image
@@ -63,9 +64,7 @@ def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> t
     return detect_features(network, parameters, Standardisation(**parameters["standardisation"])(features))
 
 
-def detect_features(
-    network: Network, parameters: dict[str, Any], features: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def detect_features(network: Network, parameters: dict[str, Any], features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The second half of `detect`, from standardised features [B,h,w,C]."""
     reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
     maps = scoring.upsample(scoring.score_map(features, reconstruction), network.image_size)
@@ -137,7 +136,9 @@ class Detector:
             score_map = score_map[top : top + height, left : left + width]
         if score_map.shape == tuple(size):
             return score_map
-        rows, columns = (scoring.interpolation_matrix(n_in, n_out) for n_in, n_out in zip(score_map.shape, size))
+        rows, columns = (
+            scoring.interpolation_matrix(n_in, n_out) for n_in, n_out in zip(score_map.shape, size, strict=True)
+        )
         return rows @ score_map @ columns.T
 
 
@@ -173,6 +174,14 @@ def initial_state(config: Config, network: Network) -> State:
     return init_state(jax.random.key(config.seed), network.reconstructor, build_optimizer(config)[0], shape)
 
 
+def _read_threshold(path: Path) -> np.float32:
+    values = files.read_json(path)
+    value = values.get("threshold") if isinstance(values, dict) else None
+    if not isinstance(value, float) or not np.isfinite(value):
+        raise InputError(f"{path}: expected an object with a finite number `threshold`, got {value!r}")
+    return np.float32(value)
+
+
 def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) -> Detector:
     """The detector of a finished run: `scores, maps = load("runs/bottle")(images)`.
 
@@ -196,6 +205,5 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
     frozen = load_parameters(folder / files.BACKBONE, like=like)
     with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
         state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network)))
-    threshold = np.float32(files.read_json(folder / files.THRESHOLD)["threshold"])
-    tree = frozen | {"reconstructor": state.parameters, "threshold": threshold}
+    tree = frozen | {"reconstructor": state.parameters, "threshold": _read_threshold(folder / files.THRESHOLD)}
     return Detector(network, jax.device_put(tree))

@@ -16,13 +16,15 @@ import flax.linen as nn
 import numpy as np
 from tqdm import tqdm
 
-from pushpull_jax import metrics, report, workdir as files
+from pushpull_jax import metrics, report
+from pushpull_jax import workdir as files
 from pushpull_jax.config import Config, to_dict
 from pushpull_jax.data.images import read_image, resize_image
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.detector import BATCH_SIZE, Detector, load
+from pushpull_jax.errors import InputError
 
 FPR_LIMIT = 0.3
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
@@ -92,7 +94,11 @@ def score(detector: Detector, config: Config) -> Scored:
     bar = tqdm(batches, desc="scoring", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
     for batch in bar:
         columns.append((*detector.detect_resized(batch["image"]), batch["mask"], batch["has_mask"]))
-    scores, maps, masks, has_mask = (np.concatenate(column) for column in zip(*columns))
+    if not columns:
+        raise InputError(
+            f"{config.data.root}: none of {len(records)} test images of {config.data.category} can be read"
+        )
+    scores, maps, masks, has_mask = (np.concatenate(column) for column in zip(*columns, strict=True))
     return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask)
 
 
@@ -117,7 +123,7 @@ def _predictions(scored: Scored, threshold: float) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("path", "label", "defect_type", "score", "threshold", "verdict"))
-    for record, value in zip(scored.records, scored.scores.tolist()):
+    for record, value in zip(scored.records, scored.scores.tolist(), strict=True):
         verdict = "anomalous" if value > threshold else "normal"
         rows.writerow((record.key, record.label, record.defect_type, f"{value:.6g}", f"{threshold:.6g}", verdict))
     return text.getvalue()
@@ -170,7 +176,7 @@ def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     return {
         "command": " ".join(run["command"]) or "called from Python",
         "data fingerprint": data["fingerprint"],
-        "images": f"{data['train']} trained on, {len(data['held_out'])} held out for the threshold, {data['test']} test",
+        "images": f"{data['train']} to train, {len(data['held_out'])} held out, {data['test']} to test",
         "resolution of pixel metrics": f"{result['resolution']} px; masks {result['mask_rule']}",
         "false-positive rate limit of AU-PRO": str(result["fpr_limit"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),

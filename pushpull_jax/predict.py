@@ -46,6 +46,8 @@ def predict(
     """
     images = find_images(inputs)
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: expected a folder, this is a file")
     (folder / HEATMAPS).mkdir(parents=True, exist_ok=True)
     predictions, unreadable = [], {}
     bar = tqdm(total=len(images), desc="predicting", unit="image", file=sys.stderr)

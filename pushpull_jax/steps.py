@@ -98,7 +98,11 @@ def make_step(
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         def mean_loss(parameters: Any) -> jax.Array:
-            return jnp.mean(loss_fn(batch, apply_fn(parameters, batch["features"], key)))
+            losses = loss_fn(batch, apply_fn(parameters, batch["features"], key))
+            if losses.shape != batch["features"].shape[:1]:
+                examples = batch["features"].shape[0]
+                raise ValueError(f"expected a loss of one value an example, [{examples}], got {list(losses.shape)}")
+            return jnp.mean(losses)
 
         loss, gradients = jax.value_and_grad(mean_loss)(state.parameters)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -127,7 +131,9 @@ def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array]
         def skip(state: State, chosen: jax.Array):
             return state, {name: jnp.zeros(()) for name in METRICS}
 
-        return jax.lax.scan(lambda state, chosen: jax.lax.cond(chosen[0] >= 0, run, skip, state, chosen), state, indices)
+        return jax.lax.scan(
+            lambda state, chosen: jax.lax.cond(chosen[0] >= 0, run, skip, state, chosen), state, indices
+        )
 
     return chunk
 

@@ -165,7 +165,7 @@ class _Tensor:
         if 0 in self.size:
             return np.empty(self.size, dtype.newbyteorder("="))
         # A byte other than 0 and 1 is no valid NumPy bool: such bytes are read as numbers and converted.
-        stored = np.dtype(np.uint8) if dtype == bool else dtype
+        stored = np.dtype(np.uint8) if dtype == np.bool_ else dtype
         # The stride of an axis of length 1 means nothing and may be anything.
         axes = zip(self.size, self.stride, strict=True)
         steps = [step * dtype.itemsize if length > 1 else 0 for length, step in axes]

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pushpull_jax import losses, workdir as files
+from pushpull_jax import losses
+from pushpull_jax import workdir as files
 from pushpull_jax.calibration import Threshold, conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check
@@ -78,15 +79,22 @@ def train(
         The contents of metrics.json.
 
     Raises:
-        InputError: the config, the data or the folder cannot be used; nothing is written then.
+        InputError: the config, the data or the folder cannot be used: nothing is written then. Or the loss is not
+            finite: the last good checkpoint is kept.
     """
     folder = Path(workdir)
     check(config, source="config")
     network = build_network(config, reconstructor=reconstructor)
     resumed = files.check_startable(folder, config)
+    if resumed:
+        _check_same_data(folder, config)
+        if _is_finished(folder, config):
+            _say(f"{folder} is finished; it is evaluated again")
+            return evaluate(folder, root=config.data.root, reconstructor=reconstructor)
     data = prepare(config, network)
     if resumed:
-        _check_same_data(folder, data)
+        # The intervals, the place of the data and, with a constant schedule, the steps may be new.
+        files.write_config(folder, config, **files.read_config(folder)[1])
     else:
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"source": network.features.backbone.source, "licence": network.features.backbone.licence}
@@ -103,7 +111,7 @@ def train(
         "held_out_scores": dict(zip(data.held_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)
-    return evaluate(folder, reconstructor=reconstructor)
+    return evaluate(folder, root=config.data.root, reconstructor=reconstructor)
 
 
 def prepare(config: Config, network: Network) -> TrainingData:
@@ -112,16 +120,17 @@ def prepare(config: Config, network: Network) -> TrainingData:
     Raises:
         InputError: see `read_mvtec_ad` and `image_batches`; or fewer than two normal images are left.
     """
-    records = read_mvtec_ad(config.data.root, config.data.category)
     policy, dropped = config.data.on_unreadable, {}
-    test = check_readable([r for r in records if r.split == "test"], on_unreadable=policy, dropped=dropped)
-    normal = tuple(r for r in records if r.split == "train" and r.label == 0)
-    backbone, parameters = load_backbone(config.features.backbone)
+    normal, test = _read_records(config)
+    test = check_readable(test, on_unreadable=policy, dropped=dropped)
+    _, parameters = load_backbone(config.features.backbone)
     normal, features = _extract(config, network, parameters, normal, dropped)
     for key, reason in dropped.items():
         _say(f"left out {key}: {reason}")
     if len(normal) < 2:
-        raise InputError(f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out")
+        raise InputError(
+            f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out"
+        )
     fit, held = hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
     position = {record.key: i for i, record in enumerate(normal)}
     fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
@@ -139,6 +148,13 @@ def prepare(config: Config, network: Network) -> TrainingData:
             "left_out": dropped,
         },
     )
+
+
+def _read_records(config: Config) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """The normal training records, and all test records."""
+    records = read_mvtec_ad(config.data.root, config.data.category)
+    normal = tuple(record for record in records if record.split == "train" and record.label == 0)
+    return normal, tuple(record for record in records if record.split == "test")
 
 
 def _extract(
@@ -168,9 +184,16 @@ def _standardisation(config: Config, network: Network, features: np.ndarray) -> 
     return fitted
 
 
-def _check_same_data(folder: Path, data: TrainingData) -> None:
-    there = files.read_config(folder)[1]["data"]["fingerprint"]
-    if there != data.summary["fingerprint"]:
+def _is_finished(folder: Path, config: Config) -> bool:
+    with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
+        return (folder / files.THRESHOLD).is_file() and checkpoints.latest == config.training.steps
+
+
+def _check_same_data(folder: Path, config: Config) -> None:
+    there = files.read_config(folder)[1]["data"]
+    normal, test = _read_records(config)
+    here = fingerprint([record for record in (*normal, *test) if record.key not in there["left_out"]])
+    if there["fingerprint"] != here:
         raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
 
 
@@ -189,22 +212,38 @@ def _fit(config: Config, network: Network, data: TrainingData, folder: Path, los
         log = folder / files.LOG
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= start))
         with tqdm(desc="training", total=settings.steps, initial=start, unit="step", file=sys.stderr) as bar:
-            for step in range(start, settings.steps, size):
-                began, last = time.perf_counter(), min(step + size, settings.steps)
-                rows = [batch_indices(config.seed, s, batch_size=settings.batch_size, count=len(data.fit))
-                        if s < last else np.full(settings.batch_size, -1, np.int32) for s in range(step, step + size)]  # fmt: skip
-                state, metrics = chunk(state, examples, np.stack(rows), key)
-                metrics = {name: float(np.mean(values[: last - step])) for name, values in jax.device_get(metrics).items()}
+            step = start
+            while step < settings.steps:
+                # To the next multiple of `size`, which a resumed run may have changed.
+                began, last = time.perf_counter(), min((step // size + 1) * size, settings.steps)
+                indices = _chunk_indices(config, step, last, size, len(data.fit))
+                state, metrics = chunk(state, examples, indices, key)
+                metrics = {
+                    name: float(np.mean(values[: last - step])) for name, values in jax.device_get(metrics).items()
+                }
                 seconds = (time.perf_counter() - began) / (last - step)
-                row = {"step": last, **metrics, "learning_rate": float(rate(last - 1)), "seconds_per_step": seconds}
                 if not np.isfinite(metrics["loss"]):
-                    raise InputError(f"the loss is {metrics['loss']} at steps {step + 1} to {last}: lower training.learning_rate")
+                    raise InputError(
+                        f"the loss is {metrics['loss']} within steps {step + 1} to {last}; training.learning_rate is "
+                        f"{settings.learning_rate}, and a lower one may help"
+                    )
+                row = {"step": last, **metrics, "learning_rate": float(rate(last - 1)), "seconds_per_step": seconds}
                 files.append_line(log, row)
                 bar.update(last - step)
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", rate=f"{row['learning_rate']:.1e}")
                 if last % config.checkpoint.every == 0 or last == settings.steps:
                     checkpoints.save(state)
+                step = last
     return state
+
+
+def _chunk_indices(config: Config, first: int, last: int, size: int, count: int) -> np.ndarray:
+    """Batches of steps `first` to `last`, [size, batch_size], filled up with rows that are not run."""
+    batch_size = config.training.batch_size
+    indices = np.full((size, batch_size), -1, np.int32)
+    for row, step in enumerate(range(first, last)):
+        indices[row] = batch_indices(config.seed, step, batch_size=batch_size, count=count)
+    return indices
 
 
 def fit_threshold(

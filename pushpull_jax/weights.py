@@ -7,7 +7,7 @@ is strict: every tensor is used, or left out by name on purpose; anything else i
 
 import importlib.resources
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,10 @@ def _check_tensors(expected: dict[str, tuple], came: dict[str, tuple], source: s
     shapes = sorted(name for name in expected.keys() & came.keys() if tuple(expected[name]) != tuple(came[name]))
     if not (missing or extra or shapes):
         return
-    show: Callable[[str], str] = lambda name: f"{name} (expected {list(expected[name])}, got {list(came[name])})"
+
+    def show(name: str) -> str:
+        return f"{name} (expected {list(expected[name])}, got {list(came[name])})"
+
     lines = [f"{source}: these are not the tensors of the network"]
     for title, names in (("missing", missing), ("unknown", extra), ("of another shape", [show(n) for n in shapes])):
         if names:

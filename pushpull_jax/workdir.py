@@ -1,11 +1,11 @@
 """The files of a run's folder, written in whole parts: a reader sees the old file or the new one, never half of one.
 
-    config.json           the resolved config, versions, command, and what data it saw
-    backbone.safetensors  frozen parameters: the backbone's and the standardisation
-    checkpoints/          states of the reconstructor and its optimiser (orbax)
-    metrics.jsonl         a line a logging step
-    threshold.json        the threshold, and the held-out scores that it was fitted on
-    metrics.json, predictions.csv, report.html            the evaluation
+config.json           the resolved config, versions, command, and what data it saw
+backbone.safetensors  frozen parameters: the backbone's and the standardisation
+checkpoints/          states of the reconstructor and its optimiser (orbax)
+metrics.jsonl         a line a logging step
+threshold.json        the threshold, and the held-out scores that it was fitted on
+metrics.json, predictions.csv, report.html            the evaluation
 """
 
 import importlib.metadata
@@ -121,6 +121,11 @@ def write_config(workdir: Path, config: Config, **rest: Any) -> None:
     write_json(workdir / CONFIG, {"config": to_dict(config), **rest})
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is not what a run leaves that was killed before it wrote its config.json."""
+    return path.name != BACKBONE and path.suffix != ".part"
+
+
 def check_startable(workdir: Path, config: Config) -> bool:
     """Whether a run is resumed (True) or started (False).
 
@@ -128,11 +133,14 @@ def check_startable(workdir: Path, config: Config) -> bool:
         InputError: the folder holds a run of another config, or something that is not a run.
     """
     if not is_run(workdir):
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(map(_is_foreign, workdir.iterdir()))):
             raise InputError(f"workdir {workdir} exists and is not a run: choose an empty or a new folder")
         return False
     there, here = flatten(read_config(workdir)[0]), flatten(config)
-    differing = [name for name in here if here[name] != there[name] and not name.startswith(HOW_IT_RUNS)]
+    may_differ = HOW_IT_RUNS
+    if here["training.schedule"] == "constant" and here["training.steps"] > there["training.steps"]:
+        may_differ += ("training.steps",)  # the steps that are done stay what they are
+    differing = [name for name in here if here[name] != there[name] and not name.startswith(may_differ)]
     if differing:
         shown = ", ".join(f"{name} = {there[name]!r} there, {here[name]!r} here" for name in differing)
         raise InputError(f"workdir {workdir} holds a run of another config: {shown}")

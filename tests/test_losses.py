@@ -16,7 +16,6 @@ from pushpull_jax.losses import (
     top_k_score,
 )
 
-
 # The oracles: numpy, float64, one example, no floor, nothing rearranged.
 
 
@@ -178,7 +177,7 @@ def test_gradient_of_one_anomalous_cell_is_the_oracles(grid, distance):
         one = np.s_[index[0] : index[0] + 1, index[1] : index[1] + 1]
         weight = mask[one].item()
 
-        def loss(r):
+        def loss(r, one=one, weight=weight):
             phi = oracle_phi(features[one], r).item()
             return -0.003 * np.log(-np.expm1(-phi / grid**2)) if weight else phi / grid**2
 

@@ -1,4 +1,4 @@
-"""The programs end to end on a small drawn data set: train, resume, evaluate, predict, and what a user can get wrong."""
+"""The programs end to end on a small drawn data set: train, resume, evaluate, predict, and what can go wrong."""
 
 import csv
 import json
@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 import pushpull_jax
-from pushpull_jax import cli, losses, train as train_module
+from pushpull_jax import cli, losses
+from pushpull_jax import train as train_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
@@ -218,12 +219,14 @@ def test_predict_writes_a_row_and_a_heat_map_at_native_size(run, root, tmp_path,
     shutil.copy(root / "flange/test/dent/000.png", folder / "dent.png")
     (folder / "broken.png").write_text("this is a text file")
     out = tmp_path / "out"
-    code, printed, error = command(monkeypatch, capsys, "predict", run, folder, "--output", out)
+    code, _, error = command(monkeypatch, capsys, "predict", run, folder, "--output", out)
     assert code == 1 and "broken.png" in error and "Traceback" not in error
     rows = table(out / "predictions.csv")
     assert [Path(row["path"]).name for row in rows] == ["dent.png", "wide.jpg"]
     assert list(rows[0]) == ["path", "score", "threshold", "verdict"]
-    assert all(row["verdict"] == ("anomalous" if float(row["score"]) > float(row["threshold"]) else "normal") for row in rows)
+    assert all(
+        row["verdict"] == ("anomalous" if float(row["score"]) > float(row["threshold"]) else "normal") for row in rows
+    )
     assert pixels(out / "heatmaps/in/wide.jpg.png").shape == (50, 90, 3)
     assert not list(out.rglob("*.part"))
 
@@ -244,10 +247,14 @@ def test_predict_keeps_images_of_one_name_apart(run, root, tmp_path):
     assert len(set(targets)) == 2
 
 
+SMALL = f"""
+    --features.stages 2 3 --features.stage_weights 1 1 --features.grid 8 --reconstructor.width 16
+    --reconstructor.hidden 16 --data.image_size {SIZE} --training.steps 2 --log.every 1 --checkpoint.every 1
+""".split()
+
+
 def train_arguments(root: Path, workdir: Path, *more) -> list:
-    config = "--features.stages 2 3 --features.grid 8 --reconstructor.width 16 --reconstructor.hidden 16"
-    small = [*config.split(), "--data.image-size", SIZE, "--training.steps", 2, "--log.every", 1, "--checkpoint.every", 1]
-    return ["train", "quick", "--data.root", root, "--data.category", "flange", "--workdir", workdir, *small, *more]
+    return ["train", "quick", "--data.root", root, "--data.category", "flange", "--workdir", workdir, *SMALL, *more]
 
 
 def assert_refused(result: tuple[int, str, str], workdir: Path, *words: str) -> None:
@@ -324,12 +331,12 @@ def test_misspelt_field_in_a_config_file(root, tmp_path, monkeypatch, capsys):
 
 
 def test_value_of_the_wrong_type(root, tmp_path, monkeypatch, capsys):
-    result = command(monkeypatch, capsys, *train_arguments(root, tmp_path / "run", "--training.batch-size", "many"))
-    assert_refused(result, tmp_path / "run", "batch-size", "many")
+    result = command(monkeypatch, capsys, *train_arguments(root, tmp_path / "run", "--training.batch_size", "many"))
+    assert_refused(result, tmp_path / "run", "batch_size", "many")
 
 
 def test_value_out_of_range(root, tmp_path, monkeypatch, capsys):
-    result = command(monkeypatch, capsys, *train_arguments(root, tmp_path / "run", "--training.batch-size", "0"))
+    result = command(monkeypatch, capsys, *train_arguments(root, tmp_path / "run", "--training.batch_size", "0"))
     assert_refused(result, tmp_path / "run", "training.batch_size", "positive", "0")
 
 

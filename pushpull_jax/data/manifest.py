@@ -52,9 +52,7 @@ def listed(names: Sequence[str], *, separator: str = ", ", limit: int = 10) -> s
     return separator.join(shown)
 
 
-def hold_out(
-    records: Sequence[Record], *, fraction: float, seed: int
-) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """Split the normal training records into those that are fitted and those held out for the threshold.
 
     A permutation drawn from the seed over the records in the order of their keys; the first round(fraction * n) are

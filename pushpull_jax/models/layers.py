@@ -39,9 +39,9 @@ def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding
     """
     size, channels = kernel.shape[0], x.shape[-1]
     rows, columns = _spatial_pads(x, size, stride, padding)
-    out_h, out_w = ((n + sum(pads) - size) // stride + 1 for n, pads in zip(x.shape[1:3], (rows, columns)))
+    out_h, out_w = ((n + sum(pads) - size) // stride + 1 for n, pads in zip(x.shape[1:3], (rows, columns), strict=True))
     # Padding up to a multiple of the stride makes the phase split a reshape; the extra rows are never read.
-    more_h, more_w = ((-(n + sum(pads))) % stride for n, pads in zip(x.shape[1:3], (rows, columns)))
+    more_h, more_w = ((-(n + sum(pads))) % stride for n, pads in zip(x.shape[1:3], (rows, columns), strict=True))
     x = jnp.pad(x, ((0, 0), (rows[0], rows[1] + more_h), (columns[0], columns[1] + more_w), (0, 0)))
     x = x.reshape(x.shape[0], x.shape[1] // stride, stride, x.shape[2] // stride, stride, channels)
     total = 0.0
