@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,17 +72,26 @@ def test_defects_can_be_seen_and_are_small(defect):
 def test_defects_vary_in_place_and_size():
     masks = np.stack([part(state, size=64, defect="stain")[1] for state in range(8)])
     centres = np.array([ndimage.center_of_mass(mask) for mask in masks])
-    assert centres.std(0).min() > 4
+    assert centres.std(0).min() > 2  # 8 px of a picture of 256
     assert masks.sum((1, 2)).max() > 2 * masks.sum((1, 2)).min()
 
 
 def test_good_parts_vary_in_light_and_pose():
-    images = np.stack([part(state, size=64)[0] for state in range(12)]).astype(float)
+    images = np.stack([part(state)[0] for state in range(24)]).astype(float)
     assert np.ptp(images.mean((1, 2, 3))) > 10  # brightness, grey levels
-    assert np.ptp(images[..., 0].mean((1, 2)) / images[..., 2].mean((1, 2))) > 0.05  # colour temperature
-    bright = images.mean(-1) > 90  # the part against the dark bench
-    centres = np.array([ndimage.center_of_mass(mask) for mask in bright])
-    assert centres.std(0).min() > 0.1
+    assert np.ptp(images[..., 0].mean((1, 2)) / images[..., 2].mean((1, 2))) > 0.08  # colour temperature
+    # Metal is neutral and wood is not, in any light. The part moves by up to 1 px each way at this size, which has a
+    # standard deviation of 0.58 px; light alone shifts the centre found by about 0.1 px.
+    metal = [ndimage.binary_opening(image[..., 2] > 0.8 * image[..., 0]) for image in images]
+    assert np.std([ndimage.center_of_mass(mask) for mask in metal], axis=0).min() > 0.35
+
+
+@pytest.mark.parametrize("defect", ["scratch", "stain"])  # the two that fade most easily
+def test_a_defect_that_hides_is_drawn_again(defect):
+    # Asked of a draw: 25 grey levels of change on 10 x 10 px of a picture of 256 px; 90 leaves room for the noise.
+    for state in range(16):
+        change = np.abs(part(state)[0].astype(int) - part(state, defect=defect)[0].astype(int)).max(-1)
+        assert (change >= 25).sum() * 4 >= 90
 
 
 @pytest.mark.parametrize("defect", [None, *sorted(KINDS)])
@@ -223,16 +233,25 @@ def test_a_root_that_is_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", -1), ("train", 0), ("good", 0), ("per_defect", 0), ("size", 63), ("category", "a/b"), ("category", "..")],
+    [
+        ("seed", -1),
+        ("train", 0),
+        ("good", 0),
+        ("per_defect", 0),
+        ("size", 63),
+        ("category", "a/b"),
+        ("category", ".."),
+        ("category", ""),
+    ],
 )
 def test_arguments_out_of_range_are_named(tmp_path, name, value):
-    with pytest.raises(InputError, match=f"{name}: expected.*{value}"):
+    with pytest.raises(InputError, match=f"{name}: expected.*{re.escape(str(value))}"):
         demo.write_demo(tmp_path, **SMALL | {name: value})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_mean_difference_by_hand():
-    # Mean of the two training pictures: (5, 5, 5). |(5, 8, 11) - 5| = (0, 3, 6), whose mean is 3; |(0, 5, 5) - 5| -> 5/3.
+    # Mean training picture: 5 everywhere. |(5, 8, 11) - 5| = (0, 3, 6), whose mean is 3; |(0, 5, 5) - 5| has 5/3.
     train = np.stack([np.zeros((1, 2, 3), np.uint8), np.full((1, 2, 3), 10, np.uint8)])
     maps = demo.mean_difference_maps(train, np.array([[[[5, 8, 11], [0, 5, 5]]]], np.uint8))
     assert maps.dtype == np.float32
