@@ -112,6 +112,9 @@ class Scoring:
     """Share of normal images that may be called anomalous; the threshold is the conformal quantile for it."""
     held_out: float = 0.1
     """Share of the normal training images that is kept from training and fits the threshold."""
+    folds: int = 0
+    """Where normal images are few: 2 or more folds that each fit the threshold once, for as many more trainings, and
+    none is kept from training (cross-fitting). 0: hold out."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ def check(config: Config, *, source: str) -> None:
         ("scoring.window", config.scoring.window <= 256, "at most 256, the whole image"),
         ("scoring.false_positive_rate", 0 < config.scoring.false_positive_rate < 1, "between 0 and 1"),
         ("scoring.held_out", 0 < config.scoring.held_out < 1, "between 0 and 1"),
+        ("scoring.folds", config.scoring.folds == 0 or config.scoring.folds >= 2, "0, or 2 and more"),
         ("checkpoint.every", _divides(config.log.every, config.checkpoint.every), "a multiple of log.every"),
         ("seed", config.seed < 2**32, "below 2**32, a key's 32 bits"),
         *((name, flatten(config)[name] > 0, "positive") for name in _POSITIVE),

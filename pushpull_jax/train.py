@@ -1,12 +1,11 @@
 """The training program: features once, then one compiled scan of steps after another, then threshold and evaluation.
 
-A run trains on the normal training images of one category but for those held out, which fit the threshold. The same
-command continues a run that was stopped, to the same numbers.
+A run trains on the normal training images of one category but for those held out, which fit the threshold, or on all of
+them where the threshold is cross-fitted. The same command continues a run that was stopped, to the same numbers.
 """
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +18,18 @@ from tqdm import tqdm
 
 from pushpull_jax import losses
 from pushpull_jax import workdir as files
-from pushpull_jax.calibration import Threshold, conformal_threshold
+from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check
 from pushpull_jax.data.manifest import Record, fingerprint, hold_out
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import check_readable, image_batches
-from pushpull_jax.detector import BATCH_SIZE, Network, build_network, build_optimizer, detect_features, initial_state
+from pushpull_jax.detector import BATCH_SIZE, Network, build_network
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluate import evaluate
 from pushpull_jax.features import Standardisation, extract_all, fit_standardisation, raw
-from pushpull_jax.steps import Batch, LossFunction, State, batch_indices, make_chunk, make_step, training_apply
+from pushpull_jax.fit import build_program, cross_fit, fit, score_features
+from pushpull_jax.steps import Batch, LossFunction
 from pushpull_jax.weights import load_backbone, save_parameters
 
 
@@ -38,7 +38,7 @@ class TrainingData(NamedTuple):
 
     fit: np.ndarray  # [N,h,w,C], trained on
     held: np.ndarray  # [n,h,w,C], kept for the threshold
-    held_keys: tuple[str, ...]
+    threshold_keys: tuple[str, ...]  # whose scores fit the threshold: the held-out images, all where cross-fitted
     frozen: dict[str, Any]  # "backbone" and "standardisation", saved once a run
     summary: dict[str, Any]  # for config.json
 
@@ -100,15 +100,19 @@ def train(
         metadata = {"source": network.features.backbone.source, "licence": network.features.backbone.licence}
         save_parameters(folder / files.BACKBONE, data.frozen, metadata=metadata)
         files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command))
-    state = _fit(config, network, data, folder, loss_fn or LOSSES[config.training.loss])
-    parameters = data.frozen | {"reconstructor": state.parameters}
-    threshold, scores = fit_threshold(config, network, parameters, data.held)
+    program = build_program(config, network, loss_fn or LOSSES[config.training.loss])
+    state = fit(config, program, data.fit, folder)
+    if config.scoring.folds:
+        scores = cross_fit(config, program, data.frozen, data.fit)
+    else:
+        scores = score_features(program, data.frozen | {"reconstructor": state.parameters}, data.held)
+    threshold = conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate)
     _say(threshold.note)
     values = {
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
         "note": threshold.note,
-        "held_out_scores": dict(zip(data.held_keys, scores.tolist(), strict=True)),
+        "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)
     return evaluate(folder, root=config.data.root, reconstructor=reconstructor)
@@ -131,14 +135,18 @@ def prepare(config: Config, network: Network) -> TrainingData:
         raise InputError(
             f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out"
         )
-    fit, held = hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
+    fit, held = normal, ()
+    if not config.scoring.folds:
+        fit, held = hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
+    elif config.scoring.folds > len(normal):
+        raise InputError(f"scoring.folds: {config.scoring.folds} folds of {len(normal)} normal training images")
     position = {record.key: i for i, record in enumerate(normal)}
     fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
     standardisation = _standardisation(config, network, fit_features)
     return TrainingData(
         fit=np.asarray(standardisation(fit_features)),
         held=np.asarray(standardisation(held_features)),
-        held_keys=tuple(record.key for record in held),
+        threshold_keys=tuple(record.key for record in held or fit),
         frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
         summary={
             "fingerprint": fingerprint([*normal, *test]),
@@ -195,69 +203,6 @@ def _check_same_data(folder: Path, config: Config) -> None:
     here = fingerprint([record for record in (*normal, *test) if record.key not in there["left_out"]])
     if there["fingerprint"] != here:
         raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
-
-
-def _fit(config: Config, network: Network, data: TrainingData, folder: Path, loss_fn: LossFunction) -> State:
-    """Train to the last step, from the newest checkpoint on."""
-    settings, size = config.training, config.log.every
-    optimizer, rate = build_optimizer(config)
-    apply_fn = training_apply(network.reconstructor, jitter=settings.jitter)
-    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer))
-    examples, key = {"features": jax.device_put(data.fit)}, jax.random.key(config.seed)
-    with Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
-        state = initial_state(config, network)
-        if checkpoints.latest is not None:
-            state = jax.device_put(checkpoints.restore(state))
-        start = int(state.step)
-        log = folder / files.LOG
-        files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= start))
-        with tqdm(desc="training", total=settings.steps, initial=start, unit="step", file=sys.stderr) as bar:
-            step = start
-            while step < settings.steps:
-                # To the next multiple of `size`, which a resumed run may have changed.
-                began, last = time.perf_counter(), min((step // size + 1) * size, settings.steps)
-                indices = _chunk_indices(config, step, last, size, len(data.fit))
-                state, metrics = chunk(state, examples, indices, key)
-                metrics = {
-                    name: float(np.mean(values[: last - step])) for name, values in jax.device_get(metrics).items()
-                }
-                seconds = (time.perf_counter() - began) / (last - step)
-                if not np.isfinite(metrics["loss"]):
-                    raise InputError(
-                        f"the loss is {metrics['loss']} within steps {step + 1} to {last}; training.learning_rate is "
-                        f"{settings.learning_rate}, and a lower one may help"
-                    )
-                row = {"step": last, **metrics, "learning_rate": float(rate(last - 1)), "seconds_per_step": seconds}
-                files.append_line(log, row)
-                bar.update(last - step)
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}", rate=f"{row['learning_rate']:.1e}")
-                if last % config.checkpoint.every == 0 or last == settings.steps:
-                    checkpoints.save(state)
-                step = last
-    return state
-
-
-def _chunk_indices(config: Config, first: int, last: int, size: int, count: int) -> np.ndarray:
-    """Batches of steps `first` to `last`, [size, batch_size], filled up with rows that are not run."""
-    batch_size = config.training.batch_size
-    indices = np.full((size, batch_size), -1, np.int32)
-    for row, step in enumerate(range(first, last)):
-        indices[row] = batch_indices(config.seed, step, batch_size=batch_size, count=count)
-    return indices
-
-
-def fit_threshold(
-    config: Config, network: Network, parameters: dict[str, Any], held: np.ndarray
-) -> tuple[Threshold, np.ndarray]:
-    """The conformal threshold from held-out features [n,h,w,C], and their scores [n]."""
-    score = jax.jit(lambda parameters, features: detect_features(network, parameters, features)[0])
-    scores = []
-    for start in range(0, len(held), BATCH_SIZE):
-        batch = held[start : start + BATCH_SIZE]
-        padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
-        scores.append(np.asarray(score(parameters, padded))[: len(batch)])
-    scores = np.concatenate(scores)
-    return conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate), scores
 
 
 def _say(message: str) -> None:

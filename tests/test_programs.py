@@ -13,6 +13,7 @@ from PIL import Image
 
 import pushpull_jax
 from pushpull_jax import cli, losses
+from pushpull_jax import fit as fit_module
 from pushpull_jax import train as train_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
@@ -171,6 +172,25 @@ def test_chunk_of_steps_does_not_change_the_numbers(run, config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(run, config), parameters(tmp_path / "run", config))
 
 
+def test_cross_fitting_scores_every_image_by_a_detector_without_it(config, tmp_path, monkeypatch):
+    trained_on = []
+    original = fit_module._chunk_indices
+
+    def recorded(config, examples, first, last):
+        trained_on.append(set(examples.tolist()))
+        return original(config, examples, first, last)
+
+    monkeypatch.setattr(fit_module, "_chunk_indices", recorded)
+    train(replace(config, scoring=replace(config.scoring, folds=3)), tmp_path / "run")
+    threshold = json.loads((tmp_path / "run/threshold.json").read_text())
+    assert len(threshold["held_out_scores"]) == 12  # all of them
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["held_out"] == []
+    # Five chunks on all images, then five for each of three folds that leave out four images, none twice.
+    assert trained_on[:5] == [set(range(12))] * 5
+    left_out = [set(range(12)) - trained_on[5 * fold] for fold in (1, 2, 3)]
+    assert [len(part) for part in left_out] == [4, 4, 4] and set.union(*left_out) == set(range(12))
+
+
 def test_training_lowers_the_loss(config, tmp_path):
     longer = replace(config, training=replace(config.training, steps=60, learning_rate=3e-3), log=Log(every=20),
                      checkpoint=Checkpoint(every=60))  # fmt: skip
@@ -289,7 +309,7 @@ def test_category_without_training_images(damaged, tmp_path, monkeypatch, capsys
 def test_truncated_image_stops_before_training(damaged, tmp_path, monkeypatch, capsys, place):
     path = damaged / "flange" / place
     path.write_bytes(path.read_bytes()[:-20])
-    monkeypatch.setattr(train_module, "_fit", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(train_module, "fit", lambda *_: pytest.fail("it trained"))
     result = command(monkeypatch, capsys, *train_arguments(damaged, tmp_path / "run"))
     assert_refused(result, tmp_path / "run", place)
 
