@@ -2,7 +2,8 @@
 
 Shape letters, used everywhere: B batch; H W image in pixels; S side of the square image of a run; h w feature grid; C
 backbone channels; D model width; T tokens. `*B` is any leading axes, none included. Layout NHWC. Labels and masks: 1
-anomalous, 0 normal. Names below are imported when they are used, so that `import pushpull_jax` stays quick.
+anomalous, 0 normal. Names below are imported when they are used, so that `import pushpull_jax` stays quick; none is
+the name of a module too, since that would take its place.
 """
 
 import importlib
@@ -27,11 +28,12 @@ _HOME = {
     "aupro": "metrics",
     "Config": "config",
     "load_config": "config",
-    "train": "train",
+    "train": "training",
     "init_state": "steps",
     "make_step": "steps",
     "make_chunk": "steps",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
+    "predict": "prediction",
     "Detector": "detector",
     "load": "detector",
     "InputError": "errors",

@@ -92,7 +92,7 @@ def train(arguments: list[str]) -> None:
         if not getattr(config.data, name):
             raise _UsageError(f"pushpull train: expected --data.{name}, which config {arguments[0]} leaves open")
 
-    from pushpull_jax.train import train
+    from pushpull_jax.training import train
 
     _summarise(train(config, chosen.workdir, command=["pushpull", "train", *arguments]), chosen.workdir)
 
@@ -100,7 +100,7 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     chosen = _parse(Evaluate, arguments)
 
-    from pushpull_jax.evaluate import evaluate
+    from pushpull_jax.evaluation import evaluate
 
     _summarise(evaluate(chosen.workdir, root=chosen.root), chosen.workdir)
 
@@ -109,7 +109,7 @@ def predict(arguments: list[str]) -> None:
     chosen = _parse(Predict, arguments)
 
     from pushpull_jax.detector import load
-    from pushpull_jax.predict import find_images, predict
+    from pushpull_jax.prediction import find_images, predict
 
     find_images(chosen.images)  # a wrong path is said before the run is loaded
     predictions, unreadable = predict(load(chosen.workdir), chosen.images, chosen.output)
@@ -141,7 +141,7 @@ class _UsageError(Exception):
 
 def _summarise(metrics: dict, workdir: Path) -> None:
     """The final metrics in percent, and where the rest is."""
-    from pushpull_jax.evaluate import METRICS
+    from pushpull_jax.evaluation import METRICS
 
     print("  ".join(f"{name} {100 * metrics[name]:.1f}" for name in METRICS))
     print(f"threshold {metrics['threshold']:.4g}: {metrics['false_alarms']} of {metrics['normal']} normal images "

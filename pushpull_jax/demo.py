@@ -12,7 +12,7 @@ from pushpull_jax.data.demo import mean_difference_maps, write_demo
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import image_batches
-from pushpull_jax.train import train
+from pushpull_jax.training import train
 
 
 def run_demo(workdir: Path) -> dict:

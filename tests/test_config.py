@@ -1,9 +1,11 @@
-"""The config: what is accepted, what is refused and with which words, and that it costs no import of jax.
+"""The config: what is accepted, what is refused and with which words, and that it costs no
+import of jax.
 
 Expected values are by hand: a rule of `check` is tested by a value on each side of its bound.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -291,6 +293,8 @@ def test_every_public_name_is_where_the_package_says():
 
     for name in pushpull_jax.__all__:
         assert getattr(pushpull_jax, name).__name__ == name
+        # Importing a submodule sets it as an attribute of the package, over the function of that name.
+        assert importlib.util.find_spec(f"pushpull_jax.{name}") is None
     assert set(pushpull_jax.__all__) <= set(dir(pushpull_jax))
     with pytest.raises(AttributeError, match="no attribute 'pseudo_hubert'"):
         pushpull_jax.pseudo_hubert  # noqa: B018

@@ -14,13 +14,13 @@ from PIL import Image
 import pushpull_jax
 from pushpull_jax import cli, losses
 from pushpull_jax import fit as fit_module
-from pushpull_jax import train as train_module
+from pushpull_jax import training as train_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
-from pushpull_jax.train import train
+from pushpull_jax.training import train
 
 SIZE = 64
 
@@ -258,7 +258,7 @@ def test_predict_of_nothing_readable_still_exits_cleanly(run, tmp_path, monkeypa
 
 
 def test_predict_keeps_images_of_one_name_apart(run, root, tmp_path):
-    from pushpull_jax.predict import find_images
+    from pushpull_jax.prediction import find_images
 
     for name in ("x", "y"):
         (tmp_path / name / "good").mkdir(parents=True)

@@ -26,7 +26,7 @@ from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import check_readable, image_batches
 from pushpull_jax.detector import BATCH_SIZE, Network, build_network
 from pushpull_jax.errors import InputError
-from pushpull_jax.evaluate import evaluate
+from pushpull_jax.evaluation import evaluate
 from pushpull_jax.features import Standardisation, extract_all, fit_standardisation, raw
 from pushpull_jax.fit import build_program, cross_fit, fit, score_features
 from pushpull_jax.steps import Batch, LossFunction
