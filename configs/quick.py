@@ -9,14 +9,14 @@ from pushpull_jax.config import Config, Features, Reconstructor, Scoring, Traini
 
 config = Config(
     features=Features(
-        stages=(2, 3, 4),
-        # In proportion to the root of a stage's channels: between a plain concatenation and equal stages.
-        stage_weights=(4.9, 6.3, 10.6),
+        stages=(2, 3, 4, 5),
+        # The root of a stage's channels, but no more for stage 5, which is coarse: between concatenation and equality.
+        stage_weights=(4.9, 6.3, 10.6, 10.6),
         grid=32,
         resample="area",
         standardise=True,
     ),
     reconstructor=Reconstructor(encoder_layers=2, decoder_layers=2, hidden=512, dropout=0.0, fold=4),
     training=Training(steps=200, learning_rate=1e-3, warmup_steps=20),
-    scoring=Scoring(smoothing=3.0),
+    scoring=Scoring(balance_stages=True, smoothing=3.0),
 )

@@ -104,6 +104,9 @@ class Training:
 class Scoring:
     """From the score map to the verdict."""
 
+    balance_stages: bool = False
+    """The score map as the mean over stages of each stage's own score map, in units of its mean over the training
+    images, so that every stage has the same say; otherwise the paper's, the norm over all channels."""
     smoothing: float = 0.0
     """Deviation in pixels, for an image of 256, of the Gaussian over the upsampled map; scaled with the image."""
     window: int = 16

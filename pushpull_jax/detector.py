@@ -1,8 +1,8 @@
 """The one way from images to scores and maps; every program and every artefact calls `detect`.
 
-Parameters (backbone, standardisation, reconstructor, threshold) are one tree. Images are [B,S,S,3] in 0..255 at the
-run's size S inside `detect`, and uint8 [B,H,W,3] of any size for a `Detector`. Scores and maps are in the units of the
-score map, so one threshold serves both.
+Parameters (backbone, standardisation, reconstructor, levels, threshold) are one tree. Images are [B,S,S,3] in 0..255 at
+the run's size S inside `detect`, and uint8 [B,H,W,3] of any size for a `Detector`. Scores and maps are in the units of
+the score map, so one threshold serves both.
 """
 
 import functools
@@ -42,6 +42,8 @@ class Network:
         reconstructor: linen module, [B,h,w,C] -> [B,h,w,C].
         image_size: S.
         resize: how an image is brought to S.
+        groups: channels of each group whose score maps are averaged, each in units of its level: (C,) for the paper's
+            score map, the widths of the stages to give each of them the same say.
         smoothing: deviation of the Gaussian over the map, in pixels of an image of 256.
         window: side of the window of the image score, in pixels of an image of 256.
     """
@@ -50,6 +52,7 @@ class Network:
     reconstructor: nn.Module
     image_size: int
     resize: Resize
+    groups: tuple[int, ...]
     smoothing: float
     window: int
 
@@ -66,10 +69,16 @@ def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> t
 
 def detect_features(network: Network, parameters: dict[str, Any], features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The second half of `detect`, from standardised features [B,h,w,C]."""
-    reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
-    maps = scoring.upsample(scoring.score_map(features, reconstruction), network.image_size)
+    groups = group_maps(network, parameters, features) / parameters["levels"][None, :, None, None]
+    maps = scoring.upsample(groups.mean(-3), network.image_size)
     maps = scoring.smooth(maps, sigma=network.smoothing * network.scale)
     return scoring.image_score(maps, window=max(1, round(network.window * network.scale))), maps
+
+
+def group_maps(network: Network, parameters: dict[str, Any], features: jax.Array) -> jax.Array:
+    """Score maps [B,G,h,w] of the network's groups, from standardised features [B,h,w,C]."""
+    reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+    return scoring.group_score_maps(features, reconstruction, widths=network.groups)
 
 
 @functools.cache
@@ -83,7 +92,7 @@ class Detector:
 
     Attributes:
         network: what is computed.
-        parameters: the tree: "backbone", "standardisation", "reconstructor", "threshold".
+        parameters: the tree: "backbone", "standardisation", "reconstructor", "levels" [G], "threshold".
     """
 
     network: Network
@@ -145,11 +154,13 @@ class Detector:
 def build_network(config: Config, *, reconstructor: nn.Module | None = None) -> Network:
     """The network that a config describes; `reconstructor` replaces the config's by any linen module."""
     features, scores = config.features, config.scoring
+    spec = FeatureSpec(find_backbone(features.backbone), features.stages, features.grid, features.resample)
     return Network(
-        features=FeatureSpec(find_backbone(features.backbone), features.stages, features.grid, features.resample),
+        features=spec,
         reconstructor=reconstructor or Reconstructor(**asdict(config.reconstructor)),
         image_size=config.data.image_size,
         resize=config.data.resize,
+        groups=spec.widths if scores.balance_stages else (sum(spec.widths),),
         smoothing=scores.smoothing,
         window=scores.window,
     )
@@ -174,12 +185,16 @@ def initial_state(config: Config, network: Network) -> State:
     return init_state(jax.random.key(config.seed), network.reconstructor, build_optimizer(config)[0], shape)
 
 
-def _read_threshold(path: Path) -> np.float32:
+def _read_threshold(path: Path, groups: int) -> dict[str, np.ndarray]:
+    """The threshold and the levels of a run."""
     values = files.read_json(path)
-    value = values.get("threshold") if isinstance(values, dict) else None
-    if not isinstance(value, float) or not np.isfinite(value):
-        raise InputError(f"{path}: expected an object with a finite number `threshold`, got {value!r}")
-    return np.float32(value)
+    values = values if isinstance(values, dict) else {}
+    threshold, levels = values.get("threshold"), values.get("levels")
+    if not isinstance(threshold, float) or not np.isfinite(threshold):
+        raise InputError(f"{path}: expected an object with a finite number `threshold`, got {threshold!r}")
+    if not isinstance(levels, list) or len(levels) != groups or not all(isinstance(x, float) and x > 0 for x in levels):
+        raise InputError(f"{path}: expected {groups} positive numbers `levels`, got {levels!r}")
+    return {"threshold": np.float32(threshold), "levels": np.float32(levels)}
 
 
 def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) -> Detector:
@@ -205,5 +220,6 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
     frozen = load_parameters(folder / files.BACKBONE, like=like)
     with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
         state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network)))
-    tree = frozen | {"reconstructor": state.parameters, "threshold": _read_threshold(folder / files.THRESHOLD)}
+    fitted = _read_threshold(folder / files.THRESHOLD, len(network.groups))
+    tree = frozen | fitted | {"reconstructor": state.parameters}
     return Detector(network, jax.device_put(tree))

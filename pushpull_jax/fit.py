@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pushpull_jax import workdir as files
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
-from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, initial_state
+from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, group_maps, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.steps import LossFunction, State, batch_indices, make_chunk, make_step, training_apply
 
@@ -27,6 +27,7 @@ class Program(NamedTuple):
 
     network: Network
     chunk: Callable
+    maps: Callable
     scores: Callable
     learning_rate: optax.Schedule
 
@@ -35,8 +36,10 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     """The compiled parts of a training run."""
     optimizer, rate = build_optimizer(config)
     apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter)
+    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer))
+    maps = jax.jit(lambda parameters, features: group_maps(network, parameters, features))
     scores = jax.jit(lambda parameters, features: detect_features(network, parameters, features)[0])
-    return Program(network, make_chunk(make_step(loss_fn, apply_fn, optimizer)), scores, rate)
+    return Program(network, chunk, maps, scores, rate)
 
 
 def fit(config: Config, program: Program, features: np.ndarray, folder: Path) -> State:
@@ -94,18 +97,38 @@ def cross_fit(config: Config, program: Program, frozen: dict[str, Any], features
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
                 _check_finite({"loss": float(np.mean(metrics["loss"][: last - step]))}, step, config)
                 bar.update(last - step)
-            scores[held] = score_features(program, frozen | {"reconstructor": state.parameters}, features[held])
+            parameters = with_levels(program, frozen | {"reconstructor": state.parameters}, features[kept])
+            scores[held] = score_features(program, parameters, features[held])
     return scores
 
 
+def with_levels(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Any]:
+    """The parameters with "levels" [G]: the mean score of each group of channels over training features, or 1 for one.
+
+    A single group keeps the units of the paper's score map.
+    """
+    groups = program.network.groups
+    if len(groups) == 1:
+        return parameters | {"levels": np.ones(1, np.float32)}
+    means = _batched(lambda batch: program.maps(parameters, batch).mean((-2, -1)), features)
+    # A group that is always reconstructed to the last bit has no unit: any error at all is then enormous, not NaN.
+    levels = np.maximum(means.mean(0, dtype=np.float64), np.finfo(np.float32).tiny ** 0.5)
+    return parameters | {"levels": levels.astype(np.float32)}
+
+
 def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> np.ndarray:
-    """Scores [N] float32 of features, a padded batch at a time."""
-    scores = [np.zeros(0, np.float32)]
+    """Scores [N] float32 of features."""
+    return _batched(lambda batch: program.scores(parameters, batch), features)
+
+
+def _batched(function: Callable[[np.ndarray], jax.Array], features: np.ndarray) -> np.ndarray:
+    """A function of features, a padded batch at a time."""
+    results = []
     for start in range(0, len(features), BATCH_SIZE):
         batch = features[start : start + BATCH_SIZE]
         padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
-        scores.append(np.asarray(program.scores(parameters, padded))[: len(batch)])
-    return np.concatenate(scores)
+        results.append(np.asarray(function(padded))[: len(batch)])
+    return np.concatenate(results)
 
 
 def _chunk_indices(config: Config, examples: np.ndarray, first: int, last: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from pushpull_jax.detector import BATCH_SIZE, Network, build_network
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.features import Standardisation, extract_all, fit_standardisation, raw
-from pushpull_jax.fit import build_program, cross_fit, fit, score_features
+from pushpull_jax.fit import build_program, cross_fit, fit, score_features, with_levels
 from pushpull_jax.steps import Batch, LossFunction
 from pushpull_jax.weights import load_backbone, save_parameters
 
@@ -102,16 +102,18 @@ def train(
         files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command))
     program = build_program(config, network, loss_fn or LOSSES[config.training.loss])
     state = fit(config, program, data.fit, folder)
+    parameters = with_levels(program, data.frozen | {"reconstructor": state.parameters}, data.fit)
     if config.scoring.folds:
         scores = cross_fit(config, program, data.frozen, data.fit)
     else:
-        scores = score_features(program, data.frozen | {"reconstructor": state.parameters}, data.held)
+        scores = score_features(program, parameters, data.held)
     threshold = conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate)
     _say(threshold.note)
     values = {
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
         "note": threshold.note,
+        "levels": parameters["levels"].tolist(),
         "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)

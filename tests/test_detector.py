@@ -1,6 +1,7 @@
 """The one way from images to scores and maps, on a tiny random network: padding, resizing and the run's folder."""
 
 import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pushpull_jax import workdir as files
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, Data, Features, Reconstructor, Scoring, Training
 from pushpull_jax.data.images import resize_image
-from pushpull_jax.detector import Detector, build_network, detect, initial_state, load
+from pushpull_jax.detector import Detector, build_network, detect, detect_features, initial_state, load
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.scoring import image_score, smooth, upsample
@@ -67,6 +68,7 @@ def detector():
             "shift": rng.normal(size=channels).astype(np.float32),
             "scale": rng.uniform(0.5, 2, channels).astype(np.float32),
         },
+        "levels": np.ones(1, np.float32),
         "threshold": np.float32(1.25),
     }
     return Detector(network, jax.device_put(parameters))
@@ -245,7 +247,7 @@ def write_run(folder, detector, config=CONFIG):
     state = state._replace(step=np.int32(4), parameters=jax.device_get(detector.parameters["reconstructor"]))
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         checkpoints.save(state)
-    files.write_json(folder / files.THRESHOLD, {"threshold": detector.threshold})
+    files.write_json(folder / files.THRESHOLD, {"threshold": detector.threshold, "levels": [1.0]})
     return folder
 
 
@@ -308,7 +310,7 @@ def cut(path):
         (lambda folder: (folder / "threshold.json").write_text("{"), r"threshold\.json: cannot be read as JSON"),
         *(
             (lambda folder, text=text: (folder / "threshold.json").write_text(text), r"threshold\.json")
-            for text in ("{}", "[]", '{"threshold": null}')
+            for text in ("{}", "[]", '{"threshold": null}', '{"threshold": 1.5}', '{"threshold": 1.5, "levels": [0.0]}')
         ),
     ],
 )
@@ -319,3 +321,24 @@ def test_load_names_the_damaged_file(tmp_path, detector, damage, message):
     with pytest.raises(InputError, match=message):
         load(folder)
     assert set(folder.rglob("*")) == contents
+
+
+def test_balanced_stages_average_each_stage_in_its_own_units(detector):
+    # By the definition: the mean over stages of the norm over the stage's channels, divided by the stage's level.
+    balanced = build_network(replace(CONFIG, scoring=replace(CONFIG.scoring, balance_stages=True, smoothing=0.0)))
+    widths = balanced.features.widths
+    assert balanced.groups == widths and len(widths) > 1 and detector.network.groups == (sum(widths),)
+    levels = np.arange(1, len(widths) + 1, dtype=np.float32)
+    features = np.random.default_rng(5).normal(size=(2, balanced.features.grid, balanced.features.grid, sum(widths)))
+    features = features.astype(np.float32)
+    parameters = detector.parameters | {"levels": levels}
+    reconstruction = balanced.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+    squares = np.square(np.asarray(features - reconstruction, np.float64))
+    edges = np.cumsum((0, *widths))
+    stages = [np.sqrt(squares[..., a:b].sum(-1)) for a, b in itertools.pairwise(edges)]
+    expected = sum(stage / level for stage, level in zip(stages, levels, strict=True)) / len(widths)
+    _, maps = detect_features(balanced, parameters, features)
+    # Upsampling with aligned corners keeps the corners of the grid.
+    np.testing.assert_allclose(
+        maps[:, :: SIZE - 1, :: SIZE - 1], expected[:, :: expected.shape[1] - 1, :: expected.shape[2] - 1], rtol=1e-4
+    )

@@ -18,8 +18,9 @@ from pushpull_jax import training as train_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
-from pushpull_jax.detector import build_network, initial_state
+from pushpull_jax.detector import build_network, group_maps, initial_state
 from pushpull_jax.errors import InputError
+from pushpull_jax.features import Standardisation, extract
 from pushpull_jax.training import train
 
 SIZE = 64
@@ -39,7 +40,7 @@ def config(root) -> Config:
         features=Features(stages=(2, 3), grid=8, standardise=True),
         reconstructor=Reconstructor(width=16, heads=2, hidden=16, encoder_layers=1, decoder_layers=1, fold=2),
         training=Training(steps=10, batch_size=4, learning_rate=1e-3, jitter=0.1),
-        scoring=Scoring(held_out=0.25, smoothing=2.0),
+        scoring=Scoring(held_out=0.25, smoothing=2.0, balance_stages=True),
         log=Log(every=2),
         checkpoint=Checkpoint(every=4),
     )
@@ -115,6 +116,18 @@ def test_threshold_is_the_conformal_quantile_of_held_out_scores(run):
     assert len(threshold["held_out_scores"]) == 3
     assert threshold["threshold"] == max(threshold["held_out_scores"].values())
     assert "25.0%" in threshold["note"]
+
+
+def test_levels_are_the_mean_scores_of_the_stages_on_training_images(run, config, root):
+    threshold = json.loads((run / "threshold.json").read_text())
+    held = json.loads((run / "config.json").read_text())["data"]["held_out"]
+    keys = sorted(p.relative_to(root).as_posix() for p in (root / "flange/train/good").iterdir())
+    images = np.stack([pixels(root / key) for key in keys if key not in held]).astype(np.float32)
+    detector = pushpull_jax.load(run)
+    features = extract(detector.network.features, detector.parameters["backbone"], images)
+    features = Standardisation(**detector.parameters["standardisation"])(features)
+    maps = group_maps(detector.network, detector.parameters, features)
+    np.testing.assert_allclose(threshold["levels"], maps.mean((0, 2, 3)), rtol=1e-4)
 
 
 def test_threshold_scores_are_those_of_the_detector(run, root):
