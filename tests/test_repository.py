@@ -1,0 +1,71 @@
+"""The repository as a whole: imports point down, and what the README shows can be run."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import pushpull_jax
+from pushpull_jax.config import shipped_configs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The architecture, from the command line down: a module imports only from those after it.
+LAYERS = (
+    "cli", "demo", "training", "evaluation", "prediction", "report", "fit", "detector", "checkpoint", "steps",
+    "features", "data.pipeline", "data.images", "data.mvtec_ad", "data.manifest", "data.demo", "weights",
+    "torch_checkpoint", "models.reconstructor", "models.efficientnet", "models.layers", "heatmap", "charts",
+    "calibration", "metrics", "scoring", "losses", "shapes", "workdir", "config", "errors",
+)  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Files of the package by their dotted names within it."""
+    package = ROOT / "pushpull_jax"
+    names = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    return {name: path for name, path in names.items() if not name.endswith("__init__")}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pushpull_jax"):
+            inside = node.module.removeprefix("pushpull_jax").removeprefix(".")
+            found |= {inside} if inside else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place():
+    assert sorted(modules()) == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_point_down(name):
+    below = LAYERS[LAYERS.index(name) + 1 :]
+    assert imported(modules()[name]) <= set(below)
+
+
+def test_only_the_pipeline_imports_tensorflow():
+    homes = {name for name, path in modules().items() if "import tensorflow" in path.read_text()}
+    assert homes == {"data.pipeline"}
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", code_blocks())
+def test_readme_code_names_what_there_is(block):
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "README.md", "exec"), {})
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pushpull_jax":
+            assert hasattr(pushpull_jax, node.attr)
+
+
+def test_readme_lists_the_shipped_configs():
+    table = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert set(shipped_configs()) <= table
