@@ -15,6 +15,7 @@ _HOME = {
     "top_k_score": "losses",
     "image_push_pull_loss": "losses",
     "reconstruction_loss": "losses",
+    "confetti": "confetti_noise",
     "score_map": "scoring",
     "upsample": "scoring",
     "smooth": "scoring",

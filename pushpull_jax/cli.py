@@ -5,6 +5,7 @@ mend is one message and exit code 1; a usage error is exit code 2, as argparse a
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +86,7 @@ def train(arguments: list[str]) -> None:
     config = load_config(arguments[0])
     default = Train(workdir=tyro.MISSING, config=config)
     chosen = _parse(Train, arguments[1:], default=default, config=(tyro.conf.AvoidSubcommands,))
-    root = str(Path(chosen.config.data.root).resolve()) if chosen.config.data.root else ""
-    config = dataclasses.replace(chosen.config, data=dataclasses.replace(chosen.config.data, root=root))
+    config = chosen.config
     check(config, source="command line")
     for name in ("root", "category"):
         if not getattr(config.data, name):
@@ -111,7 +111,7 @@ def predict(arguments: list[str]) -> None:
     from pushpull_jax.detector import load
     from pushpull_jax.prediction import find_images, predict
 
-    find_images(chosen.images)  # a wrong path is said before the run is loaded
+    find_images(chosen.images, apart_from=chosen.output)  # a wrong path is said before the run is loaded
     predictions, unreadable = predict(load(chosen.workdir), chosen.images, chosen.output)
     anomalous = sum(prediction.verdict == "anomalous" for prediction in predictions)
     print(f"{len(predictions)} images, {anomalous} anomalous: {chosen.output / 'predictions.csv'}")
@@ -141,6 +141,9 @@ class _UsageError(Exception):
 
 def _summarise(metrics: dict, workdir: Path) -> None:
     """The final metrics in percent, and where the rest is."""
+    if not metrics:
+        print(f"run: {workdir}")
+        return
     from pushpull_jax.evaluation import METRICS
 
     print("  ".join(f"{name} {100 * metrics[name]:.1f}" for name in METRICS))
@@ -165,6 +168,13 @@ def main() -> None:
     except InputError as error:
         print(f"pushpull {arguments[0]}: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # an OSError too, so before it
+        # Whoever read our output, a pager for instance, has had enough. Python would complain again on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"pushpull {arguments[0]}: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(f"pushpull {arguments[0]}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        more = "; the same command goes on from the last checkpoint" if arguments[0] in ("train", "demo") else ""
+        print(f"pushpull {arguments[0]}: stopped{more}", file=sys.stderr)
         sys.exit(130)

@@ -65,11 +65,12 @@ def evaluate(
     if root is not None:
         config = replace(config, data=replace(config.data, root=str(root)))
     detector = load(folder, reconstructor=reconstructor)
-    scored = score(detector, config)
+    scored, left_out = score(detector, config)
     result = measure(scored, detector.threshold) | {
         "resolution": config.data.image_size,
-        "mask_rule": "anomalous where at least half of the area is, at the resolution",
+        "mask_rule": "anomalous where at least half of the area is, at the resolution; a letterbox's margin is normal",
         "fpr_limit": FPR_LIMIT,
+        "left_out": left_out,
     }
     files.write_json(folder / files.METRICS, result)
     files.write_text(folder / files.PREDICTIONS, _predictions(scored, detector.threshold))
@@ -77,8 +78,8 @@ def evaluate(
     return result
 
 
-def score(detector: Detector, config: Config) -> Scored:
-    """Scores, maps and masks of the test images of a config's category."""
+def score(detector: Detector, config: Config) -> tuple[Scored, dict[str, str]]:
+    """Scores, maps and masks of the test images of a config's category, and why some were left out, if told to."""
     records = tuple(r for r in read_mvtec_ad(config.data.root, config.data.category) if r.split == "test")
     dropped: dict[str, str] = {}
     batches = image_batches(
@@ -99,7 +100,9 @@ def score(detector: Detector, config: Config) -> Scored:
             f"{config.data.root}: none of {len(records)} test images of {config.data.category} can be read"
         )
     scores, maps, masks, has_mask = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask)
+    for key, reason in dropped.items():
+        tqdm.write(f"left out {key}: {reason}", file=sys.stderr)
+    return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask), dropped
 
 
 def measure(scored: Scored, threshold: float) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     return {
         "command": " ".join(run["command"]) or "called from Python",
         "data fingerprint": data["fingerprint"],
-        "images": f"{data['train']} to train, {len(data['held_out'])} held out, {data['test']} to test",
+        "images": f"{data['train']} to train, {len(data['held_out'])} held out, {result['images']} to test",
         "resolution of pixel metrics": f"{result['resolution']} px; masks {result['mask_rule']}",
         "false-positive rate limit of AU-PRO": str(result["fpr_limit"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),

@@ -19,7 +19,7 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, group_maps, initial_state
 from pushpull_jax.errors import InputError
-from pushpull_jax.steps import LossFunction, State, batch_indices, make_chunk, make_step, training_apply
+from pushpull_jax.steps import METRICS, LossFunction, State, batch_indices, make_chunk, make_step, training_apply
 
 
 class Program(NamedTuple):
@@ -62,9 +62,7 @@ def fit(config: Config, program: Program, features: np.ndarray, folder: Path) ->
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
                 indices = _chunk_indices(config, everything, step, last)
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
-                row = {"step": last} | {
-                    name: float(np.mean(values[: last - step])) for name, values in jax.device_get(metrics).items()
-                }
+                row = {"step": last, **_means(metrics, last - step)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
                 _check_finite(row, step, config)
@@ -95,7 +93,7 @@ def cross_fit(config: Config, program: Program, frozen: dict[str, Any], features
                 last = min(step + size, steps)
                 indices = _chunk_indices(config, kept, step, last)
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
-                _check_finite({"loss": float(np.mean(metrics["loss"][: last - step]))}, step, config)
+                _check_finite(_means(metrics, last - step), step, config)
                 bar.update(last - step)
             parameters = with_levels(program, frozen | {"reconstructor": state.parameters}, features[kept])
             scores[held] = score_features(program, parameters, features[held])
@@ -140,9 +138,16 @@ def _chunk_indices(config: Config, examples: np.ndarray, first: int, last: int) 
     return indices
 
 
+def _means(metrics: dict[str, jax.Array], count: int) -> dict[str, float]:
+    """Means of what the first `count` steps of a chunk tell, read from the device once."""
+    return {name: float(np.mean(values[:count])) for name, values in jax.device_get(metrics).items()}
+
+
 def _check_finite(row: dict[str, float], step: int, config: Config) -> None:
-    if not np.isfinite(row["loss"]):
-        raise InputError(
-            f"the loss is {row['loss']} soon after step {step}; training.learning_rate is "
-            f"{config.training.learning_rate}, and a lower one may help"
-        )
+    # The gradient too: a finite loss whose gradient is not leaves a state that must not be saved.
+    for name in METRICS:
+        if not np.isfinite(row[name]):
+            raise InputError(
+                f"the {name} is {row[name]} soon after step {step}; training.learning_rate is "
+                f"{config.training.learning_rate}, and a lower one may help"
+            )

@@ -44,15 +44,16 @@ def predict(
     Raises:
         InputError: an input does not exist, or there is no image in any.
     """
-    images = find_images(inputs)
     folder = Path(output)
+    images = find_images(inputs, apart_from=folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: expected a folder, this is a file")
     (folder / HEATMAPS).mkdir(parents=True, exist_ok=True)
     predictions, unreadable = [], {}
     bar = tqdm(total=len(images), desc="predicting", unit="image", file=sys.stderr)
     table = folder / f"{PREDICTIONS}.part"
-    with bar, table.open("w", newline="", encoding="utf-8") as file:
+    # A file name may hold bytes that are no UTF-8: they are written as they are.
+    with bar, table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(Prediction._fields)
         for batch in _batches(images, unreadable):
@@ -70,17 +71,22 @@ def predict(
     return predictions, unreadable
 
 
-def find_images(inputs: Iterable[str | os.PathLike]) -> list[tuple[Path, Path]]:
+def find_images(inputs: Sequence[str | os.PathLike], *, apart_from: str | os.PathLike) -> list[tuple[Path, Path]]:
     """Images of files and folders, each with the relative path of its heat map, sorted within a folder.
 
     A heat map keeps the name of its image, extension included, so that a.png and a.jpg do not collide, and its place
-    below the folder that was given.
+    below the folder that was given. What lies in `apart_from`, the output, is not an input: a second run would find the
+    heat maps of the first.
     """
+    if not inputs:
+        raise InputError("expected image files, or folders of images, after the folder of the run")
     found: dict[Path, Path] = {}
     for source in map(Path, inputs):
         if source.is_dir():
             paths = sorted(p for p in source.rglob("*") if p.is_file() and is_image_name(p.name))
-            found |= {path: Path(source.name) / path.relative_to(source) for path in paths if path not in found}
+            paths = [path for path in paths if not path.resolve().is_relative_to(Path(apart_from).resolve())]
+            name = source.resolve().name  # that of "." and ".." too
+            found |= {path: Path(name) / path.relative_to(source) for path in paths if path not in found}
         elif source.is_file():
             found.setdefault(source, Path(source.name))
         else:

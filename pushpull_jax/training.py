@@ -7,6 +7,7 @@ them where the threshold is cross-fitted. The same command continues a run that 
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def train(
         command: what was typed, for config.json.
 
     Returns:
-        The contents of metrics.json.
+        The contents of metrics.json; empty where the data have no test images.
 
     Raises:
         InputError: the config, the data or the folder cannot be used: nothing is written then. Or the loss is not
@@ -85,22 +86,29 @@ def train(
     folder = Path(workdir)
     check(config, source="config")
     network = build_network(config, reconstructor=reconstructor)
+    config = replace(config, data=replace(config.data, root=str(Path(config.data.root).resolve())))
+    loss_fn = loss_fn or LOSSES[config.training.loss]
+    # What was passed from Python stands beside the config: a resumed run must have been given the same.
+    given = {"loss": f"{loss_fn.__module__}.{loss_fn.__qualname__}", "reconstructor": repr(network.reconstructor)}
     resumed = files.check_startable(folder, config)
     if resumed:
-        _check_same_data(folder, config)
-        if _is_finished(folder, config):
-            _say(f"{folder} is finished; it is evaluated again")
-            return evaluate(folder, root=config.data.root, reconstructor=reconstructor)
-    data = prepare(config, network)
-    if resumed:
+        _check_same(folder, config, given)
         # The intervals, the place of the data and, with a constant schedule, the steps may be new.
         files.write_config(folder, config, **files.read_config(folder)[1])
-    else:
+        if _is_finished(folder, config):
+            _say(f"{folder} is finished")
+            return _evaluated(folder, reconstructor)
+        for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
+            (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
+    data = prepare(config, network)
+    if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"source": network.features.backbone.source, "licence": network.features.backbone.licence}
         save_parameters(folder / files.BACKBONE, data.frozen, metadata=metadata)
-        files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command))
-    program = build_program(config, network, loss_fn or LOSSES[config.training.loss])
+        files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command), **given)
+    elif data.summary != files.read_config(folder)[1]["data"]:
+        raise InputError(f"workdir {folder} holds a run on other data: other files can be read now")
+    program = build_program(config, network, loss_fn)
     state = fit(config, program, data.fit, folder)
     parameters = with_levels(program, data.frozen | {"reconstructor": state.parameters}, data.fit)
     if config.scoring.folds:
@@ -108,16 +116,28 @@ def train(
     else:
         scores = score_features(program, parameters, data.held)
     threshold = conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate)
-    _say(threshold.note)
+    note = threshold.note
+    if config.scoring.folds:
+        note += f" (each scored by a detector trained without its fold, {config.scoring.folds} in all)"
+    _say(note)
     values = {
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
-        "note": threshold.note,
+        "note": note,
         "levels": parameters["levels"].tolist(),
         "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)
-    return evaluate(folder, root=config.data.root, reconstructor=reconstructor)
+    return _evaluated(folder, reconstructor)
+
+
+def _evaluated(folder: Path, reconstructor: nn.Module | None) -> dict[str, Any]:
+    """The evaluation of a finished run; empty where the data have no test images."""
+    config, _ = files.read_config(folder)
+    if not _read_records(config)[1]:
+        _say(f"{config.data.category} has no test images: the detector is ready, and cannot be evaluated")
+        return {}
+    return evaluate(folder, reconstructor=reconstructor)
 
 
 def prepare(config: Config, network: Network) -> TrainingData:
@@ -128,7 +148,8 @@ def prepare(config: Config, network: Network) -> TrainingData:
     """
     policy, dropped = config.data.on_unreadable, {}
     normal, test = _read_records(config)
-    test = check_readable(test, on_unreadable=policy, dropped=dropped)
+    with tqdm(desc="checking test images", total=len(test), unit="image", file=sys.stderr) as bar:
+        test = check_readable(test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
     _, parameters = load_backbone(config.features.backbone)
     normal, features = _extract(config, network, parameters, normal, dropped)
     for key, reason in dropped.items():
@@ -199,8 +220,13 @@ def _is_finished(folder: Path, config: Config) -> bool:
         return (folder / files.THRESHOLD).is_file() and checkpoints.latest == config.training.steps
 
 
-def _check_same_data(folder: Path, config: Config) -> None:
-    there = files.read_config(folder)[1]["data"]
+def _check_same(folder: Path, config: Config, given: dict[str, str]) -> None:
+    """Raise unless a run was started with the same data, loss and reconstructor."""
+    run = files.read_config(folder)[1]
+    for name, value in given.items():
+        if run[name] != value:
+            raise InputError(f"workdir {folder} holds a run with another {name}: {run[name]} there, {value} here")
+    there = run["data"]
     normal, test = _read_records(config)
     here = fingerprint([record for record in (*normal, *test) if record.key not in there["left_out"]])
     if there["fingerprint"] != here:

@@ -30,7 +30,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sci
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a part beside it first, then renamed."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
     os.replace(part, path)
 
 
@@ -135,6 +135,9 @@ def check_startable(workdir: Path, config: Config) -> bool:
     if not is_run(workdir):
         if workdir.exists() and (not workdir.is_dir() or any(map(_is_foreign, workdir.iterdir()))):
             raise InputError(f"workdir {workdir} exists and is not a run: choose an empty or a new folder")
+        parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"workdir {workdir}: {parent} is not a folder that may be written to")
         return False
     there, here = flatten(read_config(workdir)[0]), flatten(config)
     may_differ = HOW_IT_RUNS

@@ -15,10 +15,16 @@ EXTRAS=${EXTRAS:-}
 wanted="$("$PYTHON" -V) extras=$EXTRAS $(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing pushpull_jax into $VENV (a few minutes the first time)"
+    if [ -e "$VENV" ] && [ ! -e "$VENV/installed" ] && [ ! -e "$VENV/unfinished" ]; then
+        echo "$VENV exists and was not made by these scripts: remove it, or set VENV to another folder" >&2
+        exit 1
+    fi
     rm -rf "$VENV"
     "$PYTHON" -m venv "$VENV"
+    touch "$VENV/unfinished"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${EXTRAS:+[$EXTRAS]}"
     echo "$wanted" > "$VENV/installed"
+    rm "$VENV/unfinished"
 fi
 # shellcheck disable=SC1091
 source "$VENV/bin/activate"

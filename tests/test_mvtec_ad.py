@@ -1,4 +1,4 @@
-"""The reader of the MVTec-AD layout, and what is done with a manifest: hold-out, folds, fingerprint."""
+"""The reader of the MVTec-AD layout, and what is done with a manifest: hold-out, fingerprint."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pushpull_jax.data.manifest import Record, fingerprint, folds, hold_out, is_image_name, listed
+from pushpull_jax.data.manifest import Record, fingerprint, hold_out, is_image_name, listed
 from pushpull_jax.data.mvtec_ad import categories, read_mvtec_ad
 from pushpull_jax.errors import InputError
 
@@ -173,18 +173,6 @@ def test_fractions_outside_0_to_1_are_refused():
     for fraction in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(InputError, match="above 0 and below 1"):
             hold_out(train_records(4), fraction=fraction, seed=0)
-
-
-def test_folds_hold_each_record_out_once():
-    records = train_records(11)
-    parts = folds(records[::-1], count=3, seed=1)
-    assert sorted(len(held) for _, held in parts) == [3, 4, 4]
-    assert sorted(record.key for _, held in parts for record in held) == [record.key for record in records]
-    assert all(set(fit) | set(held) == set(records) and not set(fit) & set(held) for fit, held in parts)
-    assert parts == folds(records, count=3, seed=1) != folds(records, count=3, seed=2)
-    for count in (1, 12):
-        with pytest.raises(InputError, match=f"2 to 11.*got {count}"):
-            folds(records, count=count, seed=0)
 
 
 def test_fingerprint_depends_on_records_and_contents_but_not_on_the_place(root, tmp_path_factory):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import build_network, group_maps, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.features import Standardisation, extract
+from pushpull_jax.prediction import find_images, predict
 from pushpull_jax.training import train
 
 SIZE = 64
@@ -271,13 +273,75 @@ def test_predict_of_nothing_readable_still_exits_cleanly(run, tmp_path, monkeypa
 
 
 def test_predict_keeps_images_of_one_name_apart(run, root, tmp_path):
-    from pushpull_jax.prediction import find_images
-
     for name in ("x", "y"):
         (tmp_path / name / "good").mkdir(parents=True)
         shutil.copy(root / "flange/test/good/000.png", tmp_path / name / "good/000.png")
-    targets = [target for _, target in find_images([tmp_path / "x/good", tmp_path / "y/good"])]
+    targets = [
+        target for _, target in find_images([tmp_path / "x/good", tmp_path / "y/good"], apart_from=tmp_path / "o")
+    ]
     assert len(set(targets)) == 2
+
+
+def test_predict_does_not_take_its_own_heat_maps_for_images(run, root, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    shutil.copy(root / "flange/test/good/000.png", tmp_path / "in/000.png")
+    monkeypatch.chdir(tmp_path / "in")
+    for _ in range(2):
+        predictions, _ = predict(pushpull_jax.load(run), ["."], "out")
+        assert [prediction.path for prediction in predictions] == ["000.png"]
+    assert sorted(path.name for path in Path("out").rglob("*.*")) == ["000.png.png", "predictions.csv"]
+    assert Path("out/heatmaps/in/000.png.png").is_file()  # the name of "."
+
+
+def test_data_without_test_images_give_a_detector(damaged, config, tmp_path, capsys):
+    shutil.rmtree(damaged / "flange/test")
+    shutil.rmtree(damaged / "flange/ground_truth")
+    data = replace(config.data, root=str(damaged))
+    assert train(replace(config, data=data), tmp_path / "run") == {}
+    assert "no test images" in capsys.readouterr().err
+    assert pushpull_jax.load(tmp_path / "run").threshold > 0
+
+
+def test_a_longer_run_forgets_the_threshold_of_the_shorter(config, tmp_path, monkeypatch):
+    constant = replace(config, training=replace(config.training, schedule="constant"))
+    train(constant, tmp_path / "run")
+    longer = replace(constant, training=replace(constant.training, steps=14))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "conformal_threshold", lambda *_, **__: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception):
+            train(longer, tmp_path / "run")
+    with pytest.raises(InputError, match="not finished"):
+        pushpull_jax.load(tmp_path / "run")
+    train(longer, tmp_path / "run")
+    train(longer, tmp_path / "straight")
+    jax.tree.map(
+        np.testing.assert_array_equal, parameters(tmp_path / "run", longer), parameters(tmp_path / "straight", longer)
+    )
+
+
+def test_a_run_with_another_loss_is_another_run(run, config):
+    def other(batch, reconstruction):
+        return losses.reconstruction_loss(batch["features"], reconstruction)
+
+    with pytest.raises(InputError, match="another loss"):
+        train(config, run, loss_fn=other)
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(config, tmp_path):
+    def singular(batch, reconstruction):
+        difference = reconstruction - batch["features"]
+        return losses.reconstruction_loss(batch["features"], reconstruction) + jnp.sqrt(0 * difference).sum((1, 2, 3))
+
+    every_step = replace(config, log=Log(every=1), checkpoint=Checkpoint(every=1))
+    with pytest.raises(InputError, match="gradient_norm is nan"):
+        train(every_step, tmp_path / "run", loss_fn=singular)
+    assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
+
+
+def test_workdir_below_a_file(root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, error = command(monkeypatch, capsys, *train_arguments(root, tmp_path / "file/run"))
+    assert code == 1 and "not a folder that may be written to" in error
 
 
 SMALL = f"""

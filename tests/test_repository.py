@@ -16,6 +16,7 @@ LAYERS = (
     "cli", "demo", "training", "evaluation", "prediction", "report", "fit", "detector", "checkpoint", "steps",
     "features", "data.pipeline", "data.images", "data.mvtec_ad", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "models.reconstructor", "models.efficientnet", "models.layers", "heatmap", "charts",
+    "confetti_noise",
     "calibration", "metrics", "scoring", "losses", "shapes", "workdir", "config", "errors",
 )  # fmt: skip
 

@@ -76,28 +76,6 @@ def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[
     return _parted(normal, held=set(order[: max(count, 0)]))
 
 
-def folds(
-    records: Sequence[Record], *, count: int, seed: int
-) -> tuple[tuple[tuple[Record, ...], tuple[Record, ...]], ...]:
-    """Split the normal training records `count` times, so that each is held out exactly once (cross-fitting).
-
-    Args:
-        records: as for `hold_out`.
-        count: number of folds, 2 up to the number of normal training records.
-        seed: 0 or more.
-
-    Returns:
-        (fit, held) for each fold, each sorted by key; the sizes of the held parts differ by at most one.
-
-    Raises:
-        InputError: count is below 2 or above the number of normal training records.
-    """
-    normal, order = _permuted(records, seed)
-    if not 2 <= count <= len(normal):
-        raise InputError(f"folds must be 2 to {len(normal)}, the number of normal training images, got {count}")
-    return tuple(_parted(normal, held=set(order[fold::count])) for fold in range(count))
-
-
 def fingerprint(records: Sequence[Record]) -> str:
     """SHA-256 over the records and the contents of their files, in the order of the keys.
 
