@@ -34,7 +34,7 @@ class Threshold(NamedTuple):
                 f"{images} cannot promise a false-positive rate of {rate}; the lowest they can is "
                 f"{self.reachable:.1%}, which this threshold, the largest of their scores, has"
             )
-        return f"at most {rate} of normal images score above it, by {images}"
+        return f"At most {rate} of normal images score above it, by {images}"
 
 
 def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Threshold:

@@ -82,7 +82,7 @@ def test_too_few_images_reach_only_the_lowest_rate():
 
 def test_note_where_it_is_reachable():
     note = conformal_threshold(np.arange(19.0), false_positive_rate=0.05).note
-    assert note == "at most 5.0% of normal images score above it, by 19 held-out normal images"
+    assert note == "At most 5.0% of normal images score above it, by 19 held-out normal images"
 
 
 def test_note_where_it_is_not():
