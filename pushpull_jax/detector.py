@@ -18,6 +18,7 @@ import optax
 
 from pushpull_jax import scoring
 from pushpull_jax import workdir as files
+from pushpull_jax.batching import in_batches
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import Resize, letterbox_box, resize_image
@@ -126,14 +127,10 @@ class Detector:
 
     def detect_resized(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores [B] and maps [B,S,S] of images [B,S,S,3] in 0..255 that already have the run's size."""
-        scores, maps = [np.zeros(0, np.float32)], [np.zeros((0, *images.shape[1:3]), np.float32)]
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = images[start : start + BATCH_SIZE]
-            padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
-            batch_scores, batch_maps = jax.device_get(_compiled(self.network)(self.parameters, padded))
-            scores.append(batch_scores[: len(batch)])
-            maps.append(batch_maps[: len(batch)])
-        return np.concatenate(scores), np.concatenate(maps)
+        if not len(images):
+            return np.zeros(0, np.float32), np.zeros(images.shape[:3], np.float32)
+        program = functools.partial(_compiled(self.network), self.parameters)
+        return in_batches(program, images, size=BATCH_SIZE)
 
     def to_native(self, score_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """A map [S,S] at the native size (H, W) of its image, as `scoring.upsample` does, the letterbox undone.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pushpull_jax.batching import padded
 from pushpull_jax.data.images import resize_weights
 from pushpull_jax.scoring import interpolation_matrix
 from pushpull_jax.weights import Backbone, Parameters
@@ -119,8 +120,6 @@ def extract_all(
 ) -> np.ndarray:
     """Features of all batches of `pipeline.image_batches`, [N,h,w,C] float32; the last one is padded, not dropped."""
     features = [np.zeros((0, spec.grid, spec.grid, sum(spec.widths)), np.float32)]
-    for batch in batches:
-        count = len(batch["image"])
-        images = np.pad(batch["image"], ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
-        features.append(np.asarray(_compiled(spec)(parameters, images))[:count])
+    program = functools.partial(_compiled(spec), parameters)
+    features.extend(padded(program, batch["image"], size=batch_size) for batch in batches)
     return np.concatenate(features)

@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from pushpull_jax import workdir as files
+from pushpull_jax.batching import in_batches
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, group_maps, initial_state
@@ -108,7 +109,7 @@ def with_levels(program: Program, parameters: dict[str, Any], features: np.ndarr
     groups = program.network.groups
     if len(groups) == 1:
         return parameters | {"levels": np.ones(1, np.float32)}
-    means = _batched(lambda batch: program.maps(parameters, batch).mean((-2, -1)), features)
+    means = in_batches(lambda batch: program.maps(parameters, batch).mean((-2, -1)), features, size=BATCH_SIZE)
     # A group that is always reconstructed to the last bit has no unit: any error at all is then enormous, not NaN.
     levels = np.maximum(means.mean(0, dtype=np.float64), np.finfo(np.float32).tiny ** 0.5)
     return parameters | {"levels": levels.astype(np.float32)}
@@ -116,17 +117,7 @@ def with_levels(program: Program, parameters: dict[str, Any], features: np.ndarr
 
 def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> np.ndarray:
     """Scores [N] float32 of features."""
-    return _batched(lambda batch: program.scores(parameters, batch), features)
-
-
-def _batched(function: Callable[[np.ndarray], jax.Array], features: np.ndarray) -> np.ndarray:
-    """A function of features, a padded batch at a time."""
-    results = []
-    for start in range(0, len(features), BATCH_SIZE):
-        batch = features[start : start + BATCH_SIZE]
-        padded = np.pad(batch, ((0, BATCH_SIZE - len(batch)), (0, 0), (0, 0), (0, 0)))
-        results.append(np.asarray(function(padded))[: len(batch)])
-    return np.concatenate(results)
+    return in_batches(lambda batch: program.scores(parameters, batch), features, size=BATCH_SIZE)
 
 
 def _chunk_indices(config: Config, examples: np.ndarray, first: int, last: int) -> np.ndarray:

@@ -17,7 +17,7 @@ LAYERS = (
     "features", "data.pipeline", "data.images", "data.mvtec_ad", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "models.reconstructor", "models.efficientnet", "models.layers", "heatmap", "charts",
     "confetti_noise",
-    "calibration", "metrics", "scoring", "losses", "shapes", "workdir", "config", "errors",
+    "batching", "calibration", "metrics", "scoring", "losses", "shapes", "workdir", "config", "errors",
 )  # fmt: skip
 
 
