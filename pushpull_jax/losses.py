@@ -19,6 +19,9 @@ from pushpull_jax.shapes import check_shapes
 ALPHA = 0.003
 # Cells in the image score of eq. 8: the paper's, for CIFAR-10.
 TOP_K = 20
+# What is known of an example, for `push_pull_loss`: nothing (it is pulled, as a normal one), the label of the image, or
+# the mask of its cells.
+UNLABELLED, IMAGE_LABEL, MASK = 0, 1, 2
 # Added to the distance inside the push term, so that the gradient stays bounded where an anomaly is reconstructed
 # perfectly. Added, not a clamp: a clamp would leave that anomaly no gradient. Ours, chosen so that the gradient for
 # one anomalous cell with mean |d| = 1e-3, whose distance is 5e-7 / (h w), is off by 0.005 % at 16x16 and by 0.3 % at
@@ -128,6 +131,46 @@ def image_push_pull_loss(phi: ArrayLike, label: ArrayLike, *, k: int = TOP_K, al
     label = jax.lax.stop_gradient(jnp.asarray(label, jnp.float32))
     score = top_k_score(phi, k=k)
     return (1 - label) * score + label * _push(score, alpha)
+
+
+def push_pull_loss(
+    phi: ArrayLike,
+    kind: ArrayLike,
+    label: ArrayLike,
+    mask: ArrayLike,
+    *,
+    k: int = TOP_K,
+    alpha: ArrayLike = ALPHA,
+) -> jax.Array:
+    """The loss that each example's own kind of label calls for, so that one batch can mix them.
+
+    MASK: eq. 7. IMAGE_LABEL: eq. 9. UNLABELLED: the pull of eq. 7 on all cells, as for a normal image; defects among
+    unlabelled images are learned as normal. Each is in units of phi (eq. 6), so that the pull of one kind does not
+    drown that of another, as the squares of eq. 1 would. The kinds are values, not shapes: changing the mix compiles
+    nothing.
+
+    Args:
+        phi: [*B, h, w], from `pseudo_huber_map`.
+        kind: [*B] integers, UNLABELLED, IMAGE_LABEL or MASK.
+        label: [*B], in [0, 1]; read for IMAGE_LABEL only.
+        mask: [*B, h, w], in [0, 1]; read for MASK only.
+        k: number of cells in q of eq. 8, 1 to h*w.
+        alpha: scalar, weight of the push terms.
+
+    Returns:
+        [*B] float32; nan where kind is another number.
+
+    Raises:
+        ValueError: the shapes do not agree, alpha is not a scalar, or k is not in 1..h*w.
+    """
+    check_shapes("*B h w, *B, *B, *B h w,", phi=phi, kind=kind, label=label, mask=mask, alpha=alpha)
+    phi, kind = jnp.asarray(phi, jnp.float32), jnp.asarray(kind)
+    # An unlabelled example is one whose mask is empty. All three are finite wherever phi is: a `where` is enough.
+    known = jnp.where((kind == MASK)[..., None, None], jnp.asarray(mask, jnp.float32), 0.0)
+    by_cell = pixel_push_pull_loss(phi, known, alpha=alpha)
+    by_image = image_push_pull_loss(phi, jnp.where(kind == IMAGE_LABEL, label, 0), k=k, alpha=alpha)
+    chosen = jnp.where(kind == IMAGE_LABEL, by_image, by_cell)
+    return jnp.where((kind >= UNLABELLED) & (kind <= MASK), chosen, jnp.nan)
 
 
 def reconstruction_loss(features: ArrayLike, reconstruction: ArrayLike) -> jax.Array:

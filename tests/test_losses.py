@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from pushpull_jax.losses import (
+    IMAGE_LABEL,
+    MASK,
     PUSH_FLOOR,
+    UNLABELLED,
     image_push_pull_loss,
     pixel_push_pull_loss,
     pseudo_huber_map,
+    push_pull_loss,
     reconstruction_loss,
     top_k_score,
 )
@@ -472,3 +476,76 @@ def test_k_out_of_range(k):
         image_push_pull_loss(jnp.zeros((2, 3, 4)), jnp.zeros(2), k=k)
     with pytest.raises(TypeError):
         top_k_score(jnp.zeros((2, 3, 4)), k=2.0)
+
+
+def mixed_batch():
+    """Every kind, with labels and masks that say something where they must not be read."""
+    rng = np.random.default_rng(3)
+    phi = rng.gamma(1.0, 0.3, (6, 4, 5)).astype(np.float32)
+    kind = np.array([UNLABELLED, IMAGE_LABEL, IMAGE_LABEL, MASK, MASK, UNLABELLED], np.int32)
+    label = np.array([1, 0, 1, 0, 1, 0], np.float32)
+    mask = (rng.random((6, 4, 5)) < 0.3).astype(np.float32)
+    mask[3] = 0
+    return phi, kind, label, mask
+
+
+def test_loss_of_a_mixed_batch_is_what_each_would_get_alone():
+    phi, kind, label, mask = mixed_batch()
+    came = push_pull_loss(phi, kind, label, mask, k=3, alpha=0.1)
+    # Eq. 7 with the mask, eq. 9 with the label, eq. 7's pull alone where nothing is known.
+    expected = [
+        oracle_phi_mean(phi[0]),
+        oracle_image(phi[1], 0, k=3, alpha=0.1),
+        oracle_image(phi[2], 1, k=3, alpha=0.1),
+        oracle_pixel(phi[3], mask[3], alpha=0.1),
+        oracle_pixel(phi[4], mask[4], alpha=0.1),
+        oracle_phi_mean(phi[5]),
+    ]
+    np.testing.assert_allclose(came, expected, rtol=1e-6)
+    alone = [push_pull_loss(phi[i], kind[i], label[i], mask[i], k=3, alpha=0.1) for i in range(6)]
+    assert float(jnp.mean(came)) == pytest.approx(np.mean(alone), rel=1e-6)
+
+
+def oracle_phi_mean(phi):
+    return np.asarray(phi, np.float64).mean()
+
+
+def test_gradient_of_a_mixed_batch_is_what_each_would_get_alone():
+    phi, kind, label, mask = mixed_batch()
+    phi[2] = phi[4] = 0  # perfect reconstructions of anomalies
+    came = jax.grad(lambda phi: jnp.sum(push_pull_loss(phi, kind, label, mask, k=3)))(phi)
+    by_cell = jax.grad(lambda phi, mask: pixel_push_pull_loss(phi, mask))
+    by_image = jax.grad(lambda phi, label: image_push_pull_loss(phi, label, k=3))
+    zero = np.zeros((4, 5), np.float32)
+    expected = [
+        by_cell(phi[0], zero), by_image(phi[1], 0.0), by_image(phi[2], 1.0),
+        by_cell(phi[3], zero), by_cell(phi[4], mask[4]), by_cell(phi[5], zero),
+    ]  # fmt: skip
+    np.testing.assert_allclose(came, np.stack(expected), rtol=1e-6)
+    assert np.isfinite(came).all()
+
+
+def test_changing_the_mix_does_not_trace_again():
+    phi, kind, label, mask = mixed_batch()
+    traces = []
+
+    @jax.jit
+    def loss(*batch):
+        traces.append(1)
+        return push_pull_loss(*batch, k=3)
+
+    for shift in range(6):
+        loss(phi, np.roll(kind, shift), np.roll(label, shift), np.roll(mask, shift, 0))
+    assert len(traces) == 1
+
+
+def test_a_kind_that_does_not_exist_is_not_trained_on():
+    phi, kind, label, mask = mixed_batch()
+    kind[:2] = (3, -1)
+    assert np.isnan(push_pull_loss(phi, kind, label, mask, k=3)).tolist() == [True, True, *[False] * 4]
+
+
+def test_mixed_shapes_must_agree():
+    phi, kind, label, mask = mixed_batch()
+    with pytest.raises(ValueError, match="kind"):
+        push_pull_loss(phi, kind[:, None], label, mask)
