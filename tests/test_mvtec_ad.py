@@ -40,7 +40,7 @@ def test_records_of_the_layout(root):
     records = {record.key: record for record in read_mvtec_ad(root, "bolt")}
     assert list(records) == sorted(records) and len(records) == 7
     assert records["bolt/train/good/002.png"] == Record(
-        "bolt/train/good/002.png", str(root / "bolt/train/good/002.png"), None, 0, "good", "train"
+        "bolt/train/good/002.png", str(root / "bolt/train/good/002.png"), None, 0, "good", "train", "bolt"
     )
     assert records["bolt/test/scratch/001.png"] == Record(
         "bolt/test/scratch/001.png",
@@ -49,6 +49,7 @@ def test_records_of_the_layout(root):
         1,
         "scratch",
         "test",
+        "bolt",
     )
     assert (records["bolt/test/dent/000.png"].label, records["bolt/test/dent/000.png"].mask) == (1, None)
     assert records["bolt/test/good/000.png"].label == 0

@@ -20,11 +20,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pushpull_jax.data.manifest import Record
+from pushpull_jax.data.manifest import Record, Stored
 from pushpull_jax.errors import InputError
 
 Resize = Literal["stretch", "letterbox"]
-Source = bytes | str | os.PathLike
+Source = bytes | str | os.PathLike | Stored
 
 # Pillow reads many more formats, some by calling other programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
@@ -50,8 +50,8 @@ def decode_image(source: Source, *, name: str | None = None) -> np.ndarray:
     floats must lie in 0..1 and become round(255 value). Of several frames or pages the first is read.
 
     Args:
-        source: contents of a file, or its path.
-        name: what messages call it; the path where there is one.
+        source: contents of a file, its path, or where it is stored.
+        name: what messages call it; by default the path, or the name of what is stored.
 
     Returns:
         [H,W,3] uint8 RGB.
@@ -285,6 +285,8 @@ def _apply(bands: tuple[np.ndarray, np.ndarray], values: np.ndarray) -> np.ndarr
 def _contents(source: Source, name: str | None) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, name or "image"
+    if isinstance(source, Stored):
+        return source.read(), name or source.name
     name = name or os.fspath(source)
     try:
         with open(source, "rb") as file:

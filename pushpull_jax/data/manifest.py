@@ -8,14 +8,31 @@ command line can read a manifest quickly.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+from pushpull_jax.config import nearest
 from pushpull_jax.errors import InputError
 
 # What counts as an image by its name: the formats that `images.decode_image` reads.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file inside a prepared data set, which is read when it is wanted and not before.
+
+    Attributes:
+        name: what messages call it: where it is stored, and the key.
+        read: returns the contents of the file; raises InputError where they cannot be read.
+    """
+
+    name: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -24,19 +41,21 @@ class Record:
 
     Attributes:
         key: path relative to the root of the data, with forward slashes.
-        image: absolute path of the image.
-        mask: absolute path of its mask, or None where there is none.
+        image: absolute path of the image, or the file stored in a prepared data set.
+        mask: the same of its mask, or None where there is none.
         label: 1 anomalous, 0 normal, None unlabelled.
         defect_type: name of the kind of defect, "good" for normal images.
         split: "train" or "test".
+        category: what the image shows, the unit that metrics are reported for; "" where that is not known.
     """
 
     key: str
-    image: str
-    mask: str | None
+    image: str | Stored
+    mask: str | Stored | None
     label: int | None
     defect_type: str
     split: Literal["train", "test"]
+    category: str = ""
 
 
 def is_image_name(name: str) -> bool:
@@ -50,6 +69,12 @@ def listed(names: Sequence[str], *, separator: str = ", ", limit: int = 10) -> s
     if len(names) > limit:
         shown.append(f"and {len(names) - limit} more")
     return separator.join(shown)
+
+
+def missing_category(category: str, names: Sequence[str], *, where: str, hint: str = "") -> InputError:
+    """The error for a category that is not there: it names those that are, and the nearest one or a hint instead."""
+    hint = hint or nearest(category, names)
+    return InputError(f"no category {category!r} in {where}, which holds: {listed(names, limit=20) or 'none'}{hint}")
 
 
 def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
@@ -79,8 +104,8 @@ def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[
 def fingerprint(records: Sequence[Record]) -> str:
     """SHA-256 over the records and the contents of their files, in the order of the keys.
 
-    It covers key, label, defect type, split, and the bytes of image and mask; not where the files lie. Files are
-    read in pieces.
+    It covers key, label, defect type, split, and the bytes of image and mask; not where the files lie, so that a
+    folder and a data set prepared from it have the same. The category is not covered: the key or the labels tell it.
 
     Returns:
         64 hexadecimal digits.
@@ -111,7 +136,9 @@ def _parted(normal: list[Record], *, held: set[int]) -> tuple[tuple[Record, ...]
     return fit, tuple(normal[position] for position in sorted(held))
 
 
-def _file_digest(path: str) -> str:
+def _file_digest(path: str | Stored) -> str:
+    if isinstance(path, Stored):
+        return hashlib.sha256(path.read()).hexdigest()
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
