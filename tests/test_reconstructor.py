@@ -16,12 +16,27 @@ from pushpull_jax.models.reconstructor import Attention, Reconstructor, fold_cel
 
 TINY = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "hidden": 12}
 GRID, CHANNELS = (2, 3), 5
+LEAVES = ("kernel", "bias")
 
 
-@pytest.mark.parametrize(("positions", "count"), [("factorised", 7_812_560), ("per_token", 7_874_000)])
-def test_parameter_count_is_the_papers(positions, count):
+ABLATIONS = pytest.mark.parametrize(
+    "ablation", [{}, {"attention": False}, {"query": False}], ids=["full", "without_attention", "without_query"]
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 7_812_560),
+        ({"positions": "per_token"}, 7_874_000),
+        # By hand: 12 attentions lose two projections of 256 (256 + 1) each, and 2 x 16 x 128 positions are gone.
+        ({"attention": False}, 7_812_560 - 12 * 2 * 256 * 257 - 4096),
+        ({"query": False}, 7_812_560 - 256 * 256),
+    ],
+)
+def test_parameter_count_is_the_papers(settings, count):
     features = jax.ShapeDtypeStruct((1, 16, 16, 720), jnp.float32)
-    variables = jax.eval_shape(Reconstructor(positions=positions).init, jax.random.key(0), features)
+    variables = jax.eval_shape(Reconstructor(**settings).init, jax.random.key(0), features)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
     assert set(variables) == {"params"}
 
@@ -64,7 +79,9 @@ def dense(x, parameters):
 
 
 def slow_attention(query, key, value, parameters, heads):
-    """[T,D], [S,D], [S,D] -> [T,D], one head and one token at a time."""
+    """[T,D], [S,D], [S,D] -> [T,D], one head and one token at a time; without a query the matrix is the identity."""
+    if "query" not in parameters:
+        return dense(dense(value, parameters["value"]), parameters["out"])
     q, k, v = (dense(x, parameters[n]) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     size = q.shape[1] // heads
     out = np.zeros_like(q)
@@ -88,8 +105,10 @@ def slow_feed_forward(x, parameters):
 def slow_reconstructor(features, p, heads):
     """One encoder and one decoder layer as the module's docstring has them: [h,w,C] float64 -> [h,w,C]."""
     h, w, channels = features.shape
-    rows, columns = p["row_positions"], p["column_positions"]
-    positions = np.stack([np.concatenate([columns[x], rows[y]]) for y in range(h) for x in range(w)])
+    positions = 0.0
+    if "row_positions" in p:
+        rows, columns = p["row_positions"], p["column_positions"]
+        positions = np.stack([np.concatenate([columns[x], rows[y]]) for y in range(h) for x in range(w)])
     memory = dense(features.reshape(h * w, channels), p["project_in"])
     e, d = p["encoder_0"], p["decoder_0"]
 
@@ -97,7 +116,7 @@ def slow_reconstructor(features, p, heads):
     memory = slow_norm(memory + slow_attention(at, at, memory, e["self_attention"], heads), e["norm_self"])
     memory = slow_norm(memory + slow_feed_forward(memory, e["feed_forward"]), e["norm_feed_forward"])
 
-    x = p["query"]
+    x = p.get("query", memory)
     at = x + positions
     x = slow_norm(x + slow_attention(at, at, x, d["self_attention"], heads), d["norm_self"])
     update = slow_attention(x + positions, memory + positions, memory, d["cross_attention"], heads)
@@ -122,13 +141,48 @@ def test_attention_against_a_slow_oracle():
         np.testing.assert_allclose(got[b], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_whole_network_against_a_slow_oracle(tiny, features):
+@ABLATIONS
+def test_whole_network_against_a_slow_oracle(features, ablation):
     """The oracle has no dropout: without `train` the network, whose rate is 0.1, applies none either."""
-    parameters, apply, _ = tiny
-    got = apply(parameters, features)
+    model = Reconstructor(**TINY, **ablation)
+    parameters = random_parameters(model, features)
+    got = jax.jit(model.apply)(parameters, features)
     for one, image in zip(got, in_float64(features), strict=True):
         expected = slow_reconstructor(image, in_float64(parameters["params"]), TINY["heads"])
         np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
+
+
+def parameter_shapes(**settings):
+    model = Reconstructor(**TINY, **settings)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, *GRID, CHANNELS)))["params"]
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_ablations_lack_exactly_the_parameters_that_they_switch_off():
+    full = parameter_shapes()
+    attentions = ("encoder_0/self_attention", "decoder_0/self_attention", "decoder_0/cross_attention")
+    matrices = {f"{name}/{side}/{leaf}" for name in attentions for side in ("query", "key") for leaf in LEAVES}
+    positions = {"row_positions", "column_positions"}
+    for settings, missing in (
+        ({"query": False}, {"query"}),
+        ({"attention": False}, matrices | positions),
+        ({"attention": False, "query": False}, matrices | positions | {"query"}),
+    ):
+        assert missing <= set(full)
+        assert parameter_shapes(**settings) == {name: full[name] for name in set(full) - missing}
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_without_attention_a_token_reaches_its_own_reconstruction_alone(fold):
+    model = Reconstructor(**TINY, attention=False, fold=fold)
+    features = jnp.asarray(np.random.default_rng(4).normal(size=(2, 2 * fold, 3 * fold, CHANNELS)), jnp.float32)
+    parameters, apply = random_parameters(model, features), jax.jit(model.apply)
+    # One cell of the first image: its token is the second of the first row.
+    moved = apply(parameters, features.at[0, 0, 2 * fold - 1].add(1.0)) - apply(parameters, features)
+    here = np.zeros(moved.shape[:3], bool)
+    here[0, :fold, fold : 2 * fold] = True
+    np.testing.assert_array_equal(moved[~here], 0)
+    assert np.abs(moved[here]).max(-1).min() > 1e-4
 
 
 def test_cells_of_a_token_by_hand():
@@ -190,21 +244,21 @@ def test_dropout_is_a_function_of_its_key(tiny, features):
     assert np.abs(first - apply(parameters, features)).max() > 0.01
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_dropout_is_where_torchs_layers_have_it(features, train):
+# By hand: an encoder layer has 1 + 2 + 1, a decoder layer 2 + 3 + 1; without attention there are no weights of it.
+@pytest.mark.parametrize(("train", "attention", "count"), [(True, True, 10), (False, True, 10), (True, False, 7)])
+def test_dropout_is_where_torchs_layers_have_it(features, train, attention, count):
     """On the weights of each attention, on the output of each sublayer, and between the two dense layers."""
-    model, draws = Reconstructor(**TINY), []
+    model, draws = Reconstructor(**TINY, attention=attention), []
 
-    def count(method, args, kwargs, context):
+    def note(method, args, kwargs, context):
         if isinstance(context.module, nn.Dropout):
             draws.append((context.module.rate, context.module.deterministic))
         return method(*args, **kwargs)
 
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    with nn.intercept_methods(count):
+    with nn.intercept_methods(note):
         jax.eval_shape(functools.partial(model.init, train=train), keys, features)
-    # By hand: an encoder layer has 1 + 2 + 1, a decoder layer 2 + 3 + 1.
-    assert draws == [(0.1, not train)] * 10
+    assert draws == [(0.1, not train)] * count
 
 
 def test_dropout_needs_a_key(tiny, features):

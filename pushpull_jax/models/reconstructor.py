@@ -61,6 +61,18 @@ class Attention(nn.Module):
         return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="out")(out)
 
 
+class ValuePath(nn.Module):
+    """What is left of an attention whose matrix is the identity, its values: [B,T,D] -> [B,T,D], each token alone."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, value: jax.Array) -> jax.Array:
+        width = value.shape[-1]
+        value = nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="value")(value)
+        return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="out")(value)
+
+
 class FeedForward(nn.Module):
     """Two dense layers with ReLU between: [B,T,D] -> [B,T,D]."""
 
@@ -76,7 +88,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One encoder layer, or, given a `memory` to attend to, one decoder layer: residual sublayers, norm after each."""
+    """One encoder layer, or, given a `memory` to attend to, one decoder layer: residual sublayers, norm after each.
+
+    Without `positions`, which nothing but queries and keys takes, every attention is its `ValuePath`.
+    """
 
     heads: int
     hidden: int
@@ -85,17 +100,21 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, memory: jax.Array | None = None, *, train: bool
+        self, x: jax.Array, positions: jax.Array | None, memory: jax.Array | None = None, *, train: bool
     ) -> jax.Array:
+        def attend(x: jax.Array, memory: jax.Array, name: str) -> jax.Array:
+            if positions is None:
+                return ValuePath(self.dtype, name=name)(memory)
+            attention = Attention(self.heads, self.dropout, self.dtype, name=name)
+            return attention(x + positions, memory + positions, memory, train=train)
+
         def residual(x: jax.Array, update: jax.Array, name: str) -> jax.Array:
             update = nn.Dropout(self.dropout, deterministic=not train)(update)
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x + update)  # torch's epsilon, as UniAD
 
-        attend = Attention(self.heads, self.dropout, self.dtype, name="self_attention")
-        x = residual(x, attend(x + positions, x + positions, x, train=train), "norm_self")
+        x = residual(x, attend(x, x, "self_attention"), "norm_self")
         if memory is not None:
-            attend = Attention(self.heads, self.dropout, self.dtype, name="cross_attention")
-            x = residual(x, attend(x + positions, memory + positions, memory, train=train), "norm_cross")
+            x = residual(x, attend(x, memory, "cross_attention"), "norm_cross")
         update = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")(x, train=train)
         return residual(x, update, "norm_feed_forward")
 
@@ -105,6 +124,11 @@ class Reconstructor(nn.Module):
 
     With `fold` f, f x f cells share one token, so that a finer grid costs no more attention; f divides h and w.
     Dropout is applied when `train` is true and draws from the rng "dropout".
+
+    Two ablations of the paper, which tells no more than their names. `attention=False`, "without attention": the matrix
+    of every attention is the identity, so that a token sees itself alone; what only makes that matrix, the projections
+    of query and key, the positions and the dropout of weights, is not there. `query=False`, "without query": the
+    decoder starts from the encoder's output instead of a learned query.
     """
 
     width: int = 256
@@ -115,22 +139,28 @@ class Reconstructor(nn.Module):
     dropout: float = 0.1
     fold: int = 1
     positions: Positions = "factorised"
+    attention: bool = True
+    query: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
-        batch, *grid, _ = features.shape
+        _, *grid, _ = features.shape
         if any(n % self.fold for n in grid):
             raise ValueError(f"fold {self.fold} must divide the feature grid, which is {grid[0]}x{grid[1]}")
         tokens = fold_cells(features.astype(self.dtype), self.fold)
         memory = nn.Dense(self.width, kernel_init=_xavier, dtype=self.dtype, name="project_in")(tokens)
-        positions = self._position_embedding(grid[0] // self.fold, grid[1] // self.fold)[None].astype(self.dtype)
-        query = self.param("query", nn.initializers.normal(0.02), (tokens.shape[1], self.width)).astype(self.dtype)
+        positions = None
+        if self.attention:
+            positions = self._position_embedding(grid[0] // self.fold, grid[1] // self.fold)[None].astype(self.dtype)
 
         settings = (self.heads, self.hidden, self.dropout, self.dtype)
         for i in range(self.encoder_layers):
             memory = Layer(*settings, name=f"encoder_{i}")(memory, positions, train=train)
-        x = jnp.broadcast_to(query, (batch, *query.shape))
+        x = memory
+        if self.query:
+            query = self.param("query", nn.initializers.normal(0.02), (tokens.shape[1], self.width))
+            x = jnp.broadcast_to(query.astype(self.dtype), memory.shape)
         for i in range(self.decoder_layers):
             x = Layer(*settings, name=f"decoder_{i}")(x, positions, memory, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
