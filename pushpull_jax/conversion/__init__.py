@@ -1,0 +1,1 @@
+"""Conversion of pretrained weights to our parameter trees, in NumPy alone: one module a family of networks."""
