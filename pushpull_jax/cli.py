@@ -88,7 +88,8 @@ def train(arguments: list[str]) -> None:
     chosen = _parse(Train, arguments[1:], default=default, config=(tyro.conf.AvoidSubcommands,))
     config = chosen.config
     check(config, source="command line")
-    for name in ("root", "category"):
+    is_folder = config.data.source in ("mvtec_ad", "classes")
+    for name in ("root", "category") if is_folder else ("category",):
         if not getattr(config.data, name):
             raise _UsageError(f"pushpull train: expected --data.{name}, which config {arguments[0]} leaves open")
 

@@ -17,15 +17,21 @@ from typing import Any, Literal
 
 from pushpull_jax.errors import InputError
 
+Source = Literal["mvtec_ad", "classes", "cifar10", "tfds_mvtec_ad", "visa", "visa_2cls_fewshot", "visa_2cls_highshot"]
+
 
 @dataclass(frozen=True)
 class Data:
     """Which images, and how they become one size."""
 
+    source: Source = "mvtec_ad"
+    """What root holds: folders in the MVTec-AD layout, ROOT/CATEGORY/{train/good, test/good, test/DEFECT,
+    ground_truth/DEFECT}; classes, ROOT/{train,test}/CLASS, one of them normal; or, through tensorflow-datasets,
+    CIFAR-10, MVTec-AD, or VisA in one of its three official splits, where root is the folder of prepared data."""
     root: str = ""
-    """Folder in the MVTec-AD layout: ROOT/CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}."""
+    """Folder of the data; see source. Empty, through tensorflow-datasets: where that keeps its data."""
     category: str = ""
-    """Sub-folder of root to train on."""
+    """Category to train on, or the normal class; "all": one model for all categories."""
     image_size: int = 256
     """Side in pixels of the square that images are resized to."""
     resize: Literal["stretch", "letterbox"] = "stretch"
@@ -39,9 +45,11 @@ class Features:
     """The frozen backbone's features on the grid that is reconstructed."""
 
     backbone: str = "efficientnet_lite0"
-    """Name of the backbone."""
+    """Name of the backbone (docs/backbones.md)."""
+    weights: str = ""
+    """File of its weights, or "keras"; empty: the backbone's own source, a package or the Hugging Face hub."""
     stages: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Stage ends that are concatenated, at strides 2, 4, 8, 16, 32."""
+    """Stage ends that are concatenated, at strides 2, 4, 8, 16, 32; of a vision transformer, its blocks."""
     stage_weights: tuple[float, ...] = ()
     """Share of each stage in the mean square of the features, whatever its channels; empty: each channel weighs 1.
     Only with standardise."""
@@ -56,8 +64,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """ADTR's transformer; the defaults are the paper's."""
+    """ADTR's transformer, whose defaults are the paper's, or what it is compared with."""
 
+    kind: Literal["transformer", "convolutional", "nearest"] = "transformer"
+    """The transformer, convolutions in its place, or the nearest of some stored training cells (training.steps 0)."""
+    attention: bool = True
+    """Of the transformer; without, a token sees nothing but itself."""
+    query: bool = True
+    """Of the transformer; without, the decoder starts from the encoder's output."""
+    cells: int = 6000
+    """Training cells that the nearest neighbour is sought among."""
     width: int = 256
     """Width of a token, divisible by heads."""
     encoder_layers: int = 4
@@ -84,8 +100,10 @@ class Training:
     """Optimiser steps."""
     batch_size: int = 16
     """Images a step."""
-    loss: Literal["squared", "pseudo_huber"] = "squared"
-    """On normal images: eq. 1, or the pull term of eq. 7, the mean of the pseudo-Huber map."""
+    loss: Literal["squared", "push_pull"] = "squared"
+    """Eq. 1 on normal images alone, or the push-pull losses of eq. 6 to 9, each example's by its kind of label."""
+    start: str = ""
+    """Folder of a finished run to start from, with its weights and standardisation; empty: start anew."""
     jitter: float = 0.0
     """Deviation of the Gaussian noise added to the input features, in units of their root mean square a cell."""
     learning_rate: float = 1e-4
@@ -98,6 +116,37 @@ class Training:
     """AdamW's decoupled weight decay."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; longer ones are scaled down."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Anomalies that are trained on, real and synthetic, and what is known of them; with training.loss push_pull."""
+
+    shots: int = 0
+    """Anomalous test images of each category that move into training and out of the test set, drawn by the seed."""
+    setting: Literal["general", "hard"] = "general"
+    """Shots of all types of defects, as evenly as they go; or of one type, which is then in training only."""
+    seen: str = ""
+    """The type of the hard setting; empty: drawn by the seed."""
+    labels: tuple[Literal["mask", "image", "unlabelled", "unused"], ...] = ("mask",)
+    """What is known of labelled images, dealt out in turn: the mask (eq. 7), the label of the image (eq. 9), nothing
+    (pulled as normal: what is wrong with it is learned as right), or left out of training and test alike."""
+    confetti_copies: int = 0
+    """Copies of each training image with confetti noise, and their masks."""
+    irrelevant: str = ""
+    """Images that have nothing to do with the data, as anomalies by image: a folder, or "cifar100"."""
+    irrelevant_count: int = 0
+    """How many of them, drawn by the seed; 0: as many as normal images."""
+    share: float = 0.5
+    """Share of a batch that is drawn from the anomalies, in equal parts from each of the sources above."""
+    normals: Literal["mask", "image"] = "mask"
+    """Normal images are pulled in all cells (eq. 7), or in the k cells that are worst (eq. 9)."""
+    mask_rule: Literal["any", "fraction"] = "any"
+    """A cell is anomalous if any pixel of it is, or in proportion to its anomalous area."""
+    alpha: float = 0.003
+    """Weight of the push terms."""
+    k: int = 20
+    """Cells in the score of an image, eq. 8."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +195,7 @@ class Config:
     features: Features = field(default_factory=Features)
     reconstructor: Reconstructor = field(default_factory=Reconstructor)
     training: Training = field(default_factory=Training)
+    supervision: Supervision = field(default_factory=Supervision)
     scoring: Scoring = field(default_factory=Scoring)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -244,9 +294,10 @@ def check(config: Config, *, source: str) -> None:
         InputError: names `source`, the field, what was expected and what came.
     """
     _check_types(config, source, "")
+    training = config.training
     rules = (
         ("data.image_size", 32 <= config.data.image_size, "at least 32"),
-        ("features.stages", _are_stages(config.features.stages), "distinct numbers from 1 to 5, ascending"),
+        ("features.stages", _are_stages(config.features.stages), "distinct numbers from 1 up, ascending"),
         ("features.stage_weights", _are_weights(config.features), "one positive weight a stage, with standardise"),
         ("features.grid", config.features.grid >= 1, "at least 1"),
         ("reconstructor.fold", _divides(config.reconstructor.fold, config.features.grid), "a divisor of the grid"),
@@ -255,6 +306,21 @@ def check(config: Config, *, source: str) -> None:
         ("reconstructor.dropout", 0 <= config.reconstructor.dropout < 1, "in [0, 1)"),
         ("training.jitter", 0 <= config.training.jitter, "0 or more"),
         ("training.weight_decay", 0 <= config.training.weight_decay, "0 or more"),
+        (
+            "training.loss",
+            not is_supervised(config) or training.loss == "push_pull",
+            "push_pull, to learn from anomalies",
+        ),
+        ("training.steps", training.steps > 0 or config.reconstructor.kind == "nearest", "positive"),
+        (
+            "scoring.folds",
+            config.scoring.folds == 0 or not training.start,
+            "0, for the run it starts from saw them all",
+        ),
+        ("supervision.labels", bool(config.supervision.labels), "one kind of label or more"),
+        ("supervision.share", 0 < config.supervision.share < 1, "between 0 and 1"),
+        ("supervision.k", _is_k(config), "from 1 to the cells of the grid"),
+        ("supervision.alpha", 0 <= config.supervision.alpha, "0 or more"),
         ("scoring.smoothing", 0 <= config.scoring.smoothing, "0 or more"),
         ("scoring.window", config.scoring.window <= 256, "at most 256, the whole image"),
         ("scoring.false_positive_rate", 0 < config.scoring.false_positive_rate < 1, "between 0 and 1"),
@@ -271,15 +337,29 @@ def check(config: Config, *, source: str) -> None:
 
 
 _POSITIVE = (
-    "reconstructor.width", "reconstructor.heads", "reconstructor.hidden", "reconstructor.fold", "training.steps",
+    "reconstructor.width", "reconstructor.heads", "reconstructor.hidden", "reconstructor.fold", "reconstructor.cells",
     "training.batch_size", "training.learning_rate", "training.clip_norm", "scoring.window", "log.every",
     "checkpoint.every", "checkpoint.keep",
 )  # fmt: skip
-_NOT_NEGATIVE = ("reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.warmup_steps", "seed")
+_NOT_NEGATIVE = (
+    "reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.steps", "training.warmup_steps",
+    "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "seed",
+)  # fmt: skip
+
+
+def is_supervised(config: Config) -> bool:
+    """Whether anomalies are trained on."""
+    supervision = config.supervision
+    shots = supervision.shots and set(supervision.labels) & {"mask", "image"}
+    return bool(shots or supervision.confetti_copies or supervision.irrelevant)
 
 
 def _are_stages(stages: tuple[int, ...]) -> bool:
-    return bool(stages) and list(stages) == sorted(set(stages)) and set(stages) <= {1, 2, 3, 4, 5}
+    return bool(stages) and list(stages) == sorted(set(stages)) and stages[0] >= 1
+
+
+def _is_k(config: Config) -> bool:
+    return 1 <= config.supervision.k <= config.features.grid**2 or config.training.loss != "push_pull"
 
 
 def _divides(divisor: int, number: int) -> bool:

@@ -7,7 +7,7 @@ the score map, so one threshold serves both.
 
 import functools
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ import optax
 
 from pushpull_jax import scoring
 from pushpull_jax import workdir as files
+from pushpull_jax.backbones import Backbone, find_backbone
 from pushpull_jax.batching import in_batches
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import Resize, letterbox_box, resize_image
 from pushpull_jax.errors import InputError
 from pushpull_jax.features import FeatureSpec, Standardisation, extract
+from pushpull_jax.models.convolutional import ConvolutionalReconstructor
+from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.models.reconstructor import Reconstructor
 from pushpull_jax.steps import State, init_state, make_optimizer
-from pushpull_jax.weights import find_backbone, load_parameters
+from pushpull_jax.weights import load_parameters
 
 # Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
 REFERENCE_SIZE = 256
@@ -148,18 +151,53 @@ class Detector:
         return rows @ score_map @ columns.T
 
 
-def build_network(config: Config, *, reconstructor: nn.Module | None = None) -> Network:
-    """The network that a config describes; `reconstructor` replaces the config's by any linen module."""
-    features, scores = config.features, config.scoring
-    spec = FeatureSpec(find_backbone(features.backbone), features.stages, features.grid, features.resample)
+def build_network(
+    config: Config, *, backbone: Backbone | None = None, reconstructor: nn.Module | None = None
+) -> Network:
+    """The network that a config describes.
+
+    Args:
+        config: the run.
+        backbone: the one that was loaded, whose preprocessing may depend on the weights; by default that of the name.
+        reconstructor: replaces the config's by any linen module.
+
+    Raises:
+        InputError: there is no such backbone, or it has no such stages or another image size.
+    """
+    features, scores, size = config.features, config.scoring, config.data.image_size
+    backbone = backbone or find_backbone(features.backbone)
+    backbone.check_stages(features.stages)
+    backbone.check_image_size(size, size)
+    spec = FeatureSpec(backbone, features.stages, features.grid, features.resample)
     return Network(
         features=spec,
-        reconstructor=reconstructor or Reconstructor(**asdict(config.reconstructor)),
+        reconstructor=reconstructor or build_reconstructor(config),
         image_size=config.data.image_size,
         resize=config.data.resize,
         groups=spec.widths if scores.balance_stages else (sum(spec.widths),),
         smoothing=scores.smoothing,
         window=scores.window,
+    )
+
+
+def build_reconstructor(config: Config) -> nn.Module:
+    """The reconstructor that a config describes."""
+    settings = config.reconstructor
+    if settings.kind == "nearest":
+        return NearestNeighbour(size=settings.cells)
+    if settings.kind == "convolutional":
+        return ConvolutionalReconstructor(width=settings.width)
+    return Reconstructor(
+        width=settings.width,
+        encoder_layers=settings.encoder_layers,
+        decoder_layers=settings.decoder_layers,
+        heads=settings.heads,
+        hidden=settings.hidden,
+        dropout=settings.dropout,
+        fold=settings.fold,
+        positions=settings.positions,
+        attention=settings.attention,
+        query=settings.query,
     )
 
 
@@ -205,18 +243,42 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
         InputError: the folder is not a run, the run is not finished, or one of its files is damaged.
     """
     folder = Path(workdir)
-    config, _ = files.read_config(folder)
-    network = build_network(config, reconstructor=reconstructor)
+    config, network = read_network(folder, reconstructor=reconstructor)
     if not (folder / files.THRESHOLD).is_file():
         raise InputError(f"workdir {folder}: the run is not finished; the command that started it goes on with it")
+    fitted = _read_threshold(folder / files.THRESHOLD, len(network.groups))
+    trained = {"reconstructor": restore_parameters(folder, config, network)}
+    return Detector(network, jax.device_put(load_frozen(folder, network) | fitted | trained))
+
+
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """What config.json tells of the backbone that was loaded; `read_network` reads it."""
+    names = ("name", "source", "licence", "sha256", "mean", "deviation")
+    return {name: getattr(backbone, name) for name in names}
+
+
+def read_network(folder: Path, *, reconstructor: nn.Module | None = None) -> tuple[Config, Network]:
+    """Config and network of a run, with the preprocessing of the weights that it was trained on."""
+    config, run = files.read_config(folder)
+    there = run["backbone"]
+    read = {name: tuple(there[name]) for name in ("mean", "deviation")} | {
+        name: there[name] for name in ("source", "sha256")
+    }
+    backbone = replace(find_backbone(config.features.backbone), **read)
+    return config, build_network(config, backbone=backbone, reconstructor=reconstructor)
+
+
+def load_frozen(folder: Path, network: Network) -> dict[str, Any]:
+    """The backbone and standardisation of a run."""
     channels = jax.ShapeDtypeStruct((sum(network.features.widths),), np.float32)
     like = {
         "backbone": network.features.backbone.abstract_parameters(),
         "standardisation": Standardisation(channels, channels)._asdict(),
     }
-    frozen = load_parameters(folder / files.BACKBONE, like=like)
+    return load_parameters(folder / files.BACKBONE, like=like)
+
+
+def restore_parameters(folder: Path, config: Config, network: Network) -> Any:
+    """The parameters of a run's reconstructor, from its newest checkpoint."""
     with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
-        state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network)))
-    fitted = _read_threshold(folder / files.THRESHOLD, len(network.groups))
-    tree = frozen | fitted | {"reconstructor": state.parameters}
-    return Detector(network, jax.device_put(tree))
+        return checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network))).parameters

@@ -6,8 +6,10 @@ image size of the run, against masks reduced by area; the label of an image is t
 
 import csv
 import io
+import math
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from pushpull_jax import workdir as files
 from pushpull_jax.config import Config, to_dict
 from pushpull_jax.data.images import read_image, resize_image
 from pushpull_jax.data.manifest import Record
-from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import image_batches
+from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import BATCH_SIZE, Detector, load
 from pushpull_jax.errors import InputError
 
@@ -42,6 +44,12 @@ class Scored(NamedTuple):
     @property
     def labels(self) -> np.ndarray:
         return np.asarray([record.label for record in self.records], bool)
+
+    def of_category(self, category: str) -> "Scored":
+        """Those of one category."""
+        own = np.asarray([record.category == category for record in self.records])
+        records = tuple(record for record in self.records if record.category == category)
+        return Scored(records, self.scores[own], self.maps[own], self.masks[own], self.has_mask[own])
 
 
 def evaluate(
@@ -65,8 +73,8 @@ def evaluate(
     if root is not None:
         config = replace(config, data=replace(config.data, root=str(root)))
     detector = load(folder, reconstructor=reconstructor)
-    scored, left_out = score(detector, config)
-    result = measure(scored, detector.threshold) | {
+    scored, left_out = score(detector, config, without=run["data"]["out_of_test"])
+    result = measure_categories(scored, detector.threshold) | {
         "resolution": config.data.image_size,
         "mask_rule": "anomalous where at least half of the area is, at the resolution; a letterbox's margin is normal",
         "fpr_limit": FPR_LIMIT,
@@ -78,9 +86,16 @@ def evaluate(
     return result
 
 
-def score(detector: Detector, config: Config) -> tuple[Scored, dict[str, str]]:
-    """Scores, maps and masks of the test images of a config's category, and why some were left out, if told to."""
-    records = tuple(r for r in read_mvtec_ad(config.data.root, config.data.category) if r.split == "test")
+def score(detector: Detector, config: Config, *, without: Collection[str] = ()) -> tuple[Scored, dict[str, str]]:
+    """Scores, maps and masks of the test images of a config's category, and why some were left out, if told to.
+
+    Args:
+        detector: of the run.
+        config: of the run.
+        without: keys of test images that were trained on, or withheld.
+    """
+    records = read_records(config.data.source, config.data.root, config.data.category)
+    records = tuple(record for record in records if record.split == "test" and record.key not in without)
     dropped: dict[str, str] = {}
     batches = image_batches(
         records,
@@ -105,11 +120,32 @@ def score(detector: Detector, config: Config) -> tuple[Scored, dict[str, str]]:
     return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask), dropped
 
 
+def measure_categories(scored: Scored, threshold: float) -> dict[str, Any]:
+    """`measure`; of several categories the mean of each metric over them, and "categories" with those of each."""
+    categories = sorted({record.category for record in scored.records})
+    if len(categories) == 1:
+        return measure(scored, threshold)
+    parts = {name: measure(scored.of_category(name), threshold) for name in categories}
+    result = measure(scored, threshold)
+    # Where a category has no answer, the mean over all of them has none either.
+    return (
+        result
+        | {name: float(np.mean([part[name] for part in parts.values()])) for name in METRICS}
+        | {
+            "averaged_over": "categories",
+            "categories": parts,
+        }
+    )
+
+
 def measure(scored: Scored, threshold: float) -> dict[str, Any]:
     """All metrics of scored images, and the verdicts at the threshold."""
     verdicts, labels, known = scored.scores > threshold, scored.labels, scored.has_mask
     result = metrics.image_metrics(labels, scored.scores)
-    result |= metrics.pixel_metrics(scored.masks[known], scored.maps[known], fpr_limit=FPR_LIMIT)
+    if scored.masks.any():
+        result |= metrics.pixel_metrics(scored.masks[known], scored.maps[known], fpr_limit=FPR_LIMIT)
+    else:  # one-class data sets have no masks: that is no reason to warn
+        result |= {name: math.nan for name in METRICS if name not in result}
     return result | {
         "threshold": threshold,
         "images": len(labels),

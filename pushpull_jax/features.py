@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pushpull_jax.backbones import Backbone
 from pushpull_jax.batching import padded
+from pushpull_jax.conversion.tensors import Parameters
 from pushpull_jax.data.images import resize_weights
 from pushpull_jax.scoring import interpolation_matrix
-from pushpull_jax.weights import Backbone, Parameters
 
 Resample = Literal["bilinear", "area"]
 # A channel that deviates less than this share of its mean's size is constant to float32; dividing by its own deviation

@@ -1,11 +1,12 @@
 """The training loop on features that are on the device: chunks of compiled steps, logged, checkpointed, resumed.
 
-Everything here takes standardised features [N,h,w,C] of normal images.
+Features are standardised, [N,h,w,C]. Batches are drawn from pools of examples, of which the first holds the normal
+images.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,18 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, group_maps, initial_state
 from pushpull_jax.errors import InputError
-from pushpull_jax.steps import METRICS, LossFunction, State, batch_indices, make_chunk, make_step, training_apply
+from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
+from pushpull_jax.steps import (
+    METRICS,
+    Batch,
+    LossFunction,
+    Pool,
+    State,
+    make_chunk,
+    make_step,
+    mixed_batch_indices,
+    training_apply,
+)
 
 
 class Program(NamedTuple):
@@ -43,25 +55,37 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     return Program(network, chunk, maps, scores, rate)
 
 
-def fit(config: Config, program: Program, features: np.ndarray, folder: Path) -> State:
+def fit(
+    config: Config, program: Program, examples: Batch, pools: Sequence[Pool], folder: Path, *, start: Any = None
+) -> State:
     """Train to the last step, from the newest checkpoint of a run's folder on; writes metrics.jsonl and checkpoints.
+
+    Args:
+        config: the run.
+        program: of `build_program`.
+        examples: what is trained on, all examples leading.
+        pools: what batches are drawn from, the normal images first.
+        folder: of the run.
+        start: parameters of the reconstructor to start from; by default fresh ones.
 
     Raises:
         InputError: the loss is not finite; the checkpoints before it are kept.
     """
     steps, size = config.training.steps, config.log.every
-    examples, everything = {"features": jax.device_put(features)}, np.arange(len(features))
     with Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
-        state = initial_state(config, program.network)
+        state = _first_state(config, program.network, examples["features"][pools[0].examples], start)
         if checkpoints.latest is not None:
             state = jax.device_put(checkpoints.restore(state))
+        elif not steps:
+            checkpoints.save(state)
+        examples = jax.device_put(examples)
         step, log = int(state.step), folder / files.LOG
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         with tqdm(desc="training", total=steps, initial=step, unit="step", file=sys.stderr) as bar:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
-                indices = _chunk_indices(config, everything, step, last)
+                indices = _chunk_indices(config, pools, step, last)
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
                 row = {"step": last, **_means(metrics, last - step)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
@@ -76,24 +100,38 @@ def fit(config: Config, program: Program, features: np.ndarray, folder: Path) ->
     return state
 
 
-def cross_fit(config: Config, program: Program, frozen: dict[str, Any], features: np.ndarray) -> np.ndarray:
-    """Scores [N] of the training images themselves, each by a detector that was trained without its fold.
+def _first_state(config: Config, network: Network, normal: np.ndarray, start: Any) -> State:
+    """The state before the first step; a nearest neighbour has all that it needs from the normal images at once."""
+    state = initial_state(config, network)
+    if isinstance(network.reconstructor, NearestNeighbour):
+        cells = sample_cells(normal, size=network.reconstructor.size, seed=config.seed)
+        return state._replace(parameters={"cells": jax.device_put(cells)})
+    return state if start is None else state._replace(parameters=jax.device_put(start))
+
+
+def cross_fit(
+    config: Config, program: Program, frozen: dict[str, Any], examples: Batch, pools: Sequence[Pool]
+) -> np.ndarray:
+    """Scores [n] of the normal training images, each by a detector that was trained without its fold of them.
 
     Costs `scoring.folds` more trainings, in the program that is compiled already. The standardisation is that of all
-    images.
+    images; anomalies are trained on in every fold.
     """
-    examples = {"features": jax.device_put(features)}
+    normal = pools[0].examples
+    features, on_device = examples["features"][normal], jax.device_put(examples)
     count, steps, size = config.scoring.folds, config.training.steps, config.log.every
     order = np.random.default_rng(config.seed).permutation(len(features))
     scores = np.empty(len(features), np.float32)
     with tqdm(desc="cross-fitting", total=count * steps, unit="step", file=sys.stderr) as bar:
         for fold in range(count):
             held = order[fold::count]
-            kept, state = np.setdiff1d(order, held), initial_state(config, program.network)
+            kept = np.setdiff1d(order, held)
+            state = _first_state(config, program.network, features[kept], None)
+            some = (pools[0]._replace(examples=normal[kept]), *pools[1:])
             for step in range(0, steps, size):
                 last = min(step + size, steps)
-                indices = _chunk_indices(config, kept, step, last)
-                state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
+                indices = _chunk_indices(config, some, step, last)
+                state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
                 _check_finite(_means(metrics, last - step), step, config)
                 bar.update(last - step)
             parameters = with_levels(program, frozen | {"reconstructor": state.parameters}, features[kept])
@@ -120,12 +158,11 @@ def score_features(program: Program, parameters: dict[str, Any], features: np.nd
     return in_batches(lambda batch: program.scores(parameters, batch), features, size=BATCH_SIZE)
 
 
-def _chunk_indices(config: Config, examples: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Batches of steps `first` to `last` from some examples, [log.every, batch_size], filled up with rows of -1."""
-    batch_size = config.training.batch_size
-    indices = np.full((config.log.every, batch_size), -1, np.int32)
+def _chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:
+    """Batches of steps `first` to `last`, [log.every, batch_size], filled up with rows of -1."""
+    indices = np.full((config.log.every, config.training.batch_size), -1, np.int32)
     for row, step in enumerate(range(first, last)):
-        indices[row] = examples[batch_indices(config.seed, step, batch_size=batch_size, count=len(examples))]
+        indices[row] = mixed_batch_indices(config.seed, step, pools)
     return indices
 
 

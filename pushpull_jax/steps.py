@@ -6,7 +6,7 @@ that a resumed run continues exactly.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -138,11 +138,30 @@ def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array]
     return chunk
 
 
-def batch_indices(seed: int, step: int, *, batch_size: int, count: int) -> np.ndarray:
-    """Examples of one batch, [batch_size] int32: a pure function of (seed, step).
+def batch_indices(seed: int, step: int, *, batch_size: int, count: int, stream: int = 0) -> np.ndarray:
+    """Examples of one batch, [batch_size] int32: a pure function of (seed, step), and of the stream.
 
-    The examples come in an endless row of epochs, each a permutation of its own; a batch may span several.
+    The examples come in an endless row of epochs, each a permutation of its own; a batch may span several. Streams of
+    one seed are independent rows.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(positions // count)}
+    orders = {
+        epoch: np.random.default_rng((seed, epoch, stream)).permutation(count) for epoch in set(positions // count)
+    }
     return np.asarray([orders[position // count][position % count] for position in positions], np.int32)
+
+
+class Pool(NamedTuple):
+    """Examples that a fixed number of places in every batch is drawn from."""
+
+    examples: np.ndarray  # [n] int, positions among all examples
+    places: int
+
+
+def mixed_batch_indices(seed: int, step: int, pools: Sequence[Pool]) -> np.ndarray:
+    """Examples of one batch, int32: the places of each pool, one pool after another, each a stream of its own."""
+    rows = [
+        pool.examples[batch_indices(seed, step, batch_size=pool.places, count=len(pool.examples), stream=stream)]
+        for stream, pool in enumerate(pools)
+    ]
+    return np.concatenate(rows).astype(np.int32)

@@ -1,9 +1,12 @@
 """The training program: features once, then one compiled scan of steps after another, then threshold and evaluation.
 
-A run trains on the normal training images of one category but for those held out, which fit the threshold, or on all of
-them where the threshold is cross-fitted. The same command continues a run that was stopped, to the same numbers.
+A run trains on the normal training images of one category, or of all, but for those held out, which fit the threshold,
+or on all of them where the threshold is cross-fitted; and on whatever anomalies its supervision gives it. The same
+command continues a run that was stopped, to the same numbers.
 """
 
+import functools
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,35 +16,29 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from pushpull_jax import losses
 from pushpull_jax import workdir as files
+from pushpull_jax.backbones import Backbone
 from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
-from pushpull_jax.config import Config, check
-from pushpull_jax.data.manifest import Record, fingerprint, hold_out
-from pushpull_jax.data.mvtec_ad import read_mvtec_ad
-from pushpull_jax.data.pipeline import check_readable, image_batches
-from pushpull_jax.detector import BATCH_SIZE, Network, build_network
+from pushpull_jax.config import Config, check, flatten
+from pushpull_jax.data.manifest import fingerprint
+from pushpull_jax.detector import (
+    build_network,
+    describe_backbone,
+    load_frozen,
+    read_network,
+    restore_parameters,
+)
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
-from pushpull_jax.features import Standardisation, extract_all, fit_standardisation, raw
+from pushpull_jax.examples import TrainingData, prepare, read_run
 from pushpull_jax.fit import build_program, cross_fit, fit, score_features, with_levels
 from pushpull_jax.steps import Batch, LossFunction
 from pushpull_jax.weights import load_backbone, save_parameters
-
-
-class TrainingData(NamedTuple):
-    """What a run trains on: standardised features, and everything frozen that belongs to them."""
-
-    fit: np.ndarray  # [N,h,w,C], trained on
-    held: np.ndarray  # [n,h,w,C], kept for the threshold
-    threshold_keys: tuple[str, ...]  # whose scores fit the threshold: the held-out images, all where cross-fitted
-    frozen: dict[str, Any]  # "backbone" and "standardisation", saved once a run
-    summary: dict[str, Any]  # for config.json
 
 
 def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
@@ -50,12 +47,34 @@ def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
     return losses.reconstruction_loss(batch["features"], reconstruction) / channels
 
 
-def pseudo_huber(batch: Batch, reconstruction: jax.Array) -> jax.Array:
-    """Eq. 7 of a normal image: the mean of the pseudo-Huber map."""
-    return jnp.mean(losses.pseudo_huber_map(batch["features"], reconstruction), axis=(-2, -1))
+def push_pull(batch: Batch, reconstruction: jax.Array, *, k: int, alpha: float) -> jax.Array:
+    """Eq. 6 to 9, for each example by its kind of label."""
+    phi = losses.pseudo_huber_map(batch["features"], reconstruction)
+    return losses.push_pull_loss(phi, batch["kind"], batch["label"], batch["mask"], k=k, alpha=alpha)
 
 
-LOSSES: dict[str, LossFunction] = {"squared": squared, "pseudo_huber": pseudo_huber}
+def configured_loss(config: Config) -> LossFunction:
+    """The loss that a config names."""
+    if config.training.loss == "squared":
+        return squared
+    return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha)
+
+
+class Start(NamedTuple):
+    """The finished run that another one starts from."""
+
+    backbone: Backbone
+    frozen: dict[str, Any]
+    parameters: Any
+    data: dict[str, Any]  # of its config.json
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the parameters of the reconstructor."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self.parameters):
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
 
 def train(
@@ -71,7 +90,8 @@ def train(
     Args:
         config: the run.
         workdir: its folder, new or empty, or that of the same run.
-        loss_fn: replaces the config's loss: (batch, reconstruction [B,h,w,C]) -> [B], see `steps.make_step`.
+        loss_fn: replaces the config's loss: (batch, reconstruction [B,h,w,C]) -> [B], see `steps.make_step`. A batch
+            has "features" [B,h,w,C], "mask" [B,h,w], "label" [B] and "kind" [B], see `losses.push_pull_loss`.
         reconstructor: replaces the config's reconstructor by any linen module [B,h,w,C] -> [B,h,w,C] that takes
             `train`; `load` and `evaluate` must be given it too.
         command: what was typed, for config.json.
@@ -85,11 +105,11 @@ def train(
     """
     folder = Path(workdir)
     check(config, source="config")
-    network = build_network(config, reconstructor=reconstructor)
-    config = replace(config, data=replace(config.data, root=str(Path(config.data.root).resolve())))
-    loss_fn = loss_fn or LOSSES[config.training.loss]
+    config = _with_absolute_paths(config)
+    described = build_network(config, reconstructor=reconstructor)  # a wrong field is said before anything is read
+    name = config.training.loss if loss_fn is None else f"{loss_fn.__module__}.{loss_fn.__qualname__}"
     # What was passed from Python stands beside the config: a resumed run must have been given the same.
-    given = {"loss": f"{loss_fn.__module__}.{loss_fn.__qualname__}", "reconstructor": repr(network.reconstructor)}
+    given = {"loss": name, "reconstructor": repr(described.reconstructor)}
     resumed = files.check_startable(folder, config)
     if resumed:
         _check_same(folder, config, given)
@@ -100,21 +120,42 @@ def train(
             return _evaluated(folder, reconstructor)
         for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
             (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
-    data = prepare(config, network)
+    start = _read_start(config, reconstructor) if config.training.start else None
+    if resumed:
+        _, network = read_network(folder, reconstructor=reconstructor)
+        frozen = load_frozen(folder, network)
+    elif start:
+        network, frozen = build_network(config, backbone=start.backbone, reconstructor=reconstructor), start.frozen
+    else:
+        read_run(config)  # wrong data are said before weights are downloaded
+        backbone, parameters = load_backbone(config.features.backbone, weights=config.features.weights or None)
+        network = build_network(config, backbone=backbone, reconstructor=reconstructor)
+        frozen = {"backbone": parameters}
+    data = prepare(config, network, frozen)
+    if start:
+        data.summary["start"] = _check_start(start, data)
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"source": network.features.backbone.source, "licence": network.features.backbone.licence}
+        told = describe_backbone(network.features.backbone)
+        metadata = {name: told[name] for name in ("name", "source", "licence", "sha256")}
         save_parameters(folder / files.BACKBONE, data.frozen, metadata=metadata)
-        files.write_config(folder, config, data=data.summary, versions=files.versions(), command=list(command), **given)
+        rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
+        files.write_config(folder, config, **rest, **given)
     elif data.summary != files.read_config(folder)[1]["data"]:
-        raise InputError(f"workdir {folder} holds a run on other data: other files can be read now")
-    program = build_program(config, network, loss_fn)
-    state = fit(config, program, data.fit, folder)
-    parameters = with_levels(program, data.frozen | {"reconstructor": state.parameters}, data.fit)
+        raise InputError(f"workdir {folder} holds a run on other data: other files can be read now, or it started "
+                         "from another run")  # fmt: skip
+    program = build_program(config, network, loss_fn or configured_loss(config))
+    state = fit(config, program, data.examples, data.pools, folder, start=start and start.parameters)
+    parameters = with_levels(program, data.frozen | {"reconstructor": state.parameters}, data.normal)
     if config.scoring.folds:
-        scores = cross_fit(config, program, data.frozen, data.fit)
+        scores = cross_fit(config, program, data.frozen, data.examples, data.pools)
     else:
         scores = score_features(program, parameters, data.held)
+    _write_threshold(folder, config, scores, data, parameters["levels"])
+    return _evaluated(folder, reconstructor)
+
+
+def _write_threshold(folder: Path, config: Config, scores: np.ndarray, data: TrainingData, levels: np.ndarray) -> None:
     threshold = conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate)
     note = threshold.note
     if config.scoring.folds:
@@ -124,95 +165,68 @@ def train(
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
         "note": note,
-        "levels": parameters["levels"].tolist(),
+        "levels": levels.tolist(),
         "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)
-    return _evaluated(folder, reconstructor)
 
 
 def _evaluated(folder: Path, reconstructor: nn.Module | None) -> dict[str, Any]:
     """The evaluation of a finished run; empty where the data have no test images."""
     config, _ = files.read_config(folder)
-    if not _read_records(config)[1]:
+    if not read_run(config).test:
         _say(f"{config.data.category} has no test images: the detector is ready, and cannot be evaluated")
         return {}
     return evaluate(folder, reconstructor=reconstructor)
 
 
-def prepare(config: Config, network: Network) -> TrainingData:
-    """Read the data, check every file of it, extract features and fit their standardisation.
+def _with_absolute_paths(config: Config) -> Config:
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if path else ""
+
+    return replace(
+        config,
+        data=replace(config.data, root=absolute(config.data.root)),
+        training=replace(config.training, start=absolute(config.training.start)),
+    )
+
+
+# Fields in which a run may differ from the one it starts from: what it learns from, and how.
+_MAY_DIFFER_FROM_START = ("training.", "supervision.", "scoring.", "log.", "checkpoint.", "data.root", "seed")
+
+
+def _read_start(config: Config, reconstructor: nn.Module | None) -> Start:
+    """The run to start from.
 
     Raises:
-        InputError: see `read_mvtec_ad` and `image_batches`; or fewer than two normal images are left.
+        InputError: it is not a finished run, or one of another network or other data.
     """
-    policy, dropped = config.data.on_unreadable, {}
-    normal, test = _read_records(config)
-    with tqdm(desc="checking test images", total=len(test), unit="image", file=sys.stderr) as bar:
-        test = check_readable(test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
-    _, parameters = load_backbone(config.features.backbone)
-    normal, features = _extract(config, network, parameters, normal, dropped)
-    for key, reason in dropped.items():
-        _say(f"left out {key}: {reason}")
-    if len(normal) < 2:
+    folder = Path(config.training.start)
+    there, network = read_network(folder, reconstructor=reconstructor)
+    theirs, ours = flatten(there), flatten(config)
+    differing = [name for name in ours if ours[name] != theirs[name] and not name.startswith(_MAY_DIFFER_FROM_START)]
+    if differing:
+        shown = ", ".join(f"{name} = {theirs[name]!r} there, {ours[name]!r} here" for name in differing)
         raise InputError(
-            f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out"
+            f"training.start {folder}: a run can start from one of the same network and data only: {shown}"
         )
-    fit, held = normal, ()
-    if not config.scoring.folds:
-        fit, held = hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
-    elif config.scoring.folds > len(normal):
-        raise InputError(f"scoring.folds: {config.scoring.folds} folds of {len(normal)} normal training images")
-    position = {record.key: i for i, record in enumerate(normal)}
-    fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
-    standardisation = _standardisation(config, network, fit_features)
-    return TrainingData(
-        fit=np.asarray(standardisation(fit_features)),
-        held=np.asarray(standardisation(held_features)),
-        threshold_keys=tuple(record.key for record in held or fit),
-        frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
-        summary={
-            "fingerprint": fingerprint([*normal, *test]),
-            "train": len(fit),
-            "held_out": [record.key for record in held],
-            "test": len(test),
-            "left_out": dropped,
-        },
-    )
+    trained, data = restore_parameters(folder, there, network), files.read_config(folder)[1]["data"]
+    return Start(network.features.backbone, load_frozen(folder, network), trained, data)
 
 
-def _read_records(config: Config) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """The normal training records, and all test records."""
-    records = read_mvtec_ad(config.data.root, config.data.category)
-    normal = tuple(record for record in records if record.split == "train" and record.label == 0)
-    return normal, tuple(record for record in records if record.split == "test")
-
-
-def _extract(
-    config: Config, network: Network, parameters: dict, records: tuple[Record, ...], dropped: dict[str, str]
-) -> tuple[tuple[Record, ...], np.ndarray]:
-    """The records that could be read, and their features [N,h,w,C], not standardised."""
-    batches = image_batches(
-        records,
-        image_size=config.data.image_size,
-        batch_size=BATCH_SIZE,
-        resize=config.data.resize,
-        on_unreadable=config.data.on_unreadable,
-        dropped=dropped,
-    )
-    bar = tqdm(batches, desc="features", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
-    features = extract_all(network.features, parameters, bar, batch_size=BATCH_SIZE)
-    return tuple(record for record in records if record.key not in dropped), features
-
-
-def _standardisation(config: Config, network: Network, features: np.ndarray) -> Standardisation:
-    widths = network.features.widths
-    if not config.features.standardise:
-        return raw(sum(widths))
-    fitted, constant = fit_standardisation(features, widths, stage_weights=config.features.stage_weights)
-    if constant:
-        _say(f"channels {constant} of the features are constant over the training images; they are only shifted")
-    return fitted
+def _check_start(start: Start, data: TrainingData) -> dict[str, str]:
+    """What config.json tells of the start; raises if that was trained on what this run is tested or calibrated on."""
+    if start.data["held_out"] != data.summary["held_out"]:
+        raise InputError(
+            "training.start: that run held out other normal images for its threshold, so it was trained on some of "
+            "those held out here; give it the same seed, scoring.held_out and data"
+        )
+    if not set(start.data["labelled"]) <= set(data.summary["out_of_test"]) | set(data.summary["labelled"]):
+        raise InputError(
+            "training.start: that run was trained on anomalies that are test images here; give it the same seed, "
+            "supervision.shots and supervision.setting"
+        )
+    return {"sha256": start.digest}
 
 
 def _is_finished(folder: Path, config: Config) -> bool:
@@ -227,8 +241,7 @@ def _check_same(folder: Path, config: Config, given: dict[str, str]) -> None:
         if run[name] != value:
             raise InputError(f"workdir {folder} holds a run with another {name}: {run[name]} there, {value} here")
     there = run["data"]
-    normal, test = _read_records(config)
-    here = fingerprint([record for record in (*normal, *test) if record.key not in there["left_out"]])
+    here = fingerprint([record for record in read_run(config).all if record.key not in there["left_out"]])
     if there["fingerprint"] != here:
         raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
 

@@ -1,14 +1,20 @@
 """What holds for every test: eight fake CPU devices, no silent rank promotion, and the shared data where they are."""
 
 import os
+import tempfile
 from pathlib import Path
+
+import pytest
 
 # Before jax is imported anywhere.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-import pytest
+# One program that several tests train with is compiled once a session (and worker); it is traced every time.
+_compiled = tempfile.TemporaryDirectory(prefix="pushpull_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from pushpull_jax.errors import InputError
 OTHER = Config(
     features=Features(stages=(2, 4), stage_weights=(0.25, 0.75), grid=8, standardise=True, resample="area"),
     reconstructor=Reconstructor(width=64, dropout=0.0, positions="per_token"),
-    training=Training(steps=7, learning_rate=1e-3, schedule="step"),
+    training=Training(steps=7, learning_rate=1e-3, schedule="step", loss="push_pull"),
     scoring=Scoring(smoothing=4.0, held_out=0.2),
     log=Log(every=3),
     checkpoint=Checkpoint(every=6, keep=1),
@@ -222,9 +222,9 @@ def test_an_int_is_a_float():
     ("name", "good", "bad"),
     [
         ("data.image_size", [32], [31, 0, -64]),
-        ("features.stages", [(1, 5)], [(), (0, 1), (5, 6), (2, 1), (1, 1)]),
+        ("features.stages", [(1, 5), (3, 12)], [(), (0, 1), (2, 1), (1, 1)]),
         ("features.stage_weights", [(), (1e-6, 9.0)], [(1.0,), (1.0, 1.0, 1.0), (1.0, 0.0), (1.0, -1.0)]),
-        ("features.grid", [1], [0, -4]),
+        ("features.grid", [8], [0, -4]),
         ("reconstructor.fold", [1, 2, 8], [3, 16, 0, -1]),
         ("reconstructor.heads", [1, 64], [3, 128, 0, -8]),
         ("reconstructor.width", [8], [0, -64]),
@@ -246,6 +246,13 @@ def test_an_int_is_a_float():
         ("log.every", [1, 2, 6], [0, -3]),
         ("checkpoint.every", [3, 9], [4, 0, -3]),
         ("checkpoint.keep", [1], [0]),
+        ("supervision.shots", [0, 10], [-1]),
+        ("supervision.confetti_copies", [0, 4], [-1]),
+        ("supervision.irrelevant_count", [0, 4], [-1]),
+        ("supervision.labels", [("image",), ("mask", "unlabelled", "unused")], [()]),
+        ("supervision.share", [0.01, 0.99], [0.0, 1.0]),
+        ("supervision.alpha", [0.0, 3.0], [-0.1]),
+        ("supervision.k", [1, 64], [0, 65]),
         ("seed", [0, 2**32 - 1], [-1, 2**32, 2**70]),
     ],
 )
@@ -263,6 +270,14 @@ def test_ranges_that_join_two_fields():
         check(changed("features.standardise", False), source="here")
     with pytest.raises(InputError, match=r"checkpoint\.every must be a multiple of log\.every, got 6"):
         check(changed("log.every", 4), source="here")
+    with pytest.raises(InputError, match=r"training\.loss must be push_pull, to learn from anomalies, got 'squared'"):
+        check(changed("training.loss", "squared", changed("supervision.confetti_copies", 1)), source="here")
+    # Images that are left out of training and test alike are not learned from.
+    unused = changed("supervision.labels", ("unused",), changed("supervision.shots", 3))
+    check(changed("training.loss", "squared", unused), source="here")
+    check(changed("training.steps", 0, changed("reconstructor.kind", "nearest")), source="here")
+    with pytest.raises(InputError, match=r"scoring\.folds must be 0, for the run it starts from saw them all, got 2"):
+        check(changed("scoring.folds", 2, changed("training.start", "run")), source="here")
     odd = Reconstructor(width=63, heads=7)
     with pytest.raises(InputError, match=r"reconstructor\.width must be even, where positions are factorised, got 63"):
         check(replace(OTHER, reconstructor=odd), source="here")

@@ -191,9 +191,9 @@ def test_cross_fitting_scores_every_image_by_a_detector_without_it(config, tmp_p
     trained_on = []
     original = fit_module._chunk_indices
 
-    def recorded(config, examples, first, last):
-        trained_on.append(set(examples.tolist()))
-        return original(config, examples, first, last)
+    def recorded(config, pools, first, last):
+        trained_on.append(set(pools[0].examples.tolist()))
+        return original(config, pools, first, last)
 
     monkeypatch.setattr(fit_module, "_chunk_indices", recorded)
     train(replace(config, scoring=replace(config.scoring, folds=3)), tmp_path / "run")

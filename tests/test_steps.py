@@ -13,7 +13,17 @@ import pytest
 
 from pushpull_jax.losses import pixel_push_pull_loss, pseudo_huber_map, reconstruction_loss
 from pushpull_jax.models.reconstructor import Reconstructor
-from pushpull_jax.steps import State, batch_indices, init_state, make_chunk, make_optimizer, make_step, training_apply
+from pushpull_jax.steps import (
+    Pool,
+    State,
+    batch_indices,
+    init_state,
+    make_chunk,
+    make_optimizer,
+    make_step,
+    mixed_batch_indices,
+    training_apply,
+)
 
 SHAPE = (2, 2, 6)  # h, w, C
 COUNT, BATCH = 7, 4
@@ -120,6 +130,29 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 
 # The state.
+
+
+def test_a_batch_of_pools_has_its_places():
+    pools = (Pool(np.arange(5), 3), Pool(np.arange(5, 12), 2), Pool(np.array([40]), 1))
+    rows = np.stack([mixed_batch_indices(3, step, pools) for step in range(35)])
+    assert rows.shape == (35, 6) and rows.dtype == np.int32
+    # 35 steps are 21 epochs of the first pool and 10 of the second.
+    for pool, drawn, visits in zip(pools, np.split(rows, [3, 5], axis=1), (21, 10, 35), strict=True):
+        examples, counts = np.unique(drawn, return_counts=True)
+        np.testing.assert_array_equal(examples, pool.examples)
+        assert set(counts) == {visits}
+
+
+def test_the_first_pool_alone_is_in_the_order_of_a_run_without_anomalies():
+    for step in range(5):
+        alone = batch_indices(3, step, batch_size=BATCH, count=COUNT)
+        np.testing.assert_array_equal(mixed_batch_indices(3, step, [Pool(np.arange(COUNT), BATCH)]), alone)
+
+
+def test_pools_of_one_size_have_orders_of_their_own():
+    pools = [Pool(np.arange(50), 50), Pool(np.arange(50), 50)]
+    first, second = np.split(mixed_batch_indices(3, 0, pools), 2)
+    assert (first != second).any()
 
 
 def test_init_state():

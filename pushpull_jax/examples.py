@@ -1,0 +1,293 @@
+"""What a run trains on: the features of its images with the mask, label and kind of label of each.
+
+Normal images come first, then the anomalies, source by source: labelled ones of the data, copies of the normal images
+with confetti noise, images that have nothing to do with the data. Features are [N,h,w,C], masks [N,h,w] on the grid.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pushpull_jax.batching import padded
+from pushpull_jax.confetti_noise import confetti
+from pushpull_jax.config import Config
+from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
+from pushpull_jax.data.manifest import Record, fingerprint, hold_out
+from pushpull_jax.data.pipeline import check_readable, image_batches
+from pushpull_jax.data.sources import read_irrelevant, read_records
+from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
+from pushpull_jax.detector import BATCH_SIZE, Network
+from pushpull_jax.errors import InputError
+from pushpull_jax.features import FeatureSpec, Standardisation, extract, extract_all, fit_standardisation, raw
+from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
+from pushpull_jax.steps import Batch, Pool
+
+_KINDS: dict[Label, int] = {"mask": MASK, "image": IMAGE_LABEL, "unlabelled": UNLABELLED}
+
+
+class RunRecords(NamedTuple):
+    """The records of a run by what they are for."""
+
+    normal: tuple[Record, ...]  # to train on, or to hold out for the threshold
+    labelled: tuple[tuple[Record, Label], ...]
+    irrelevant: tuple[Record, ...]
+    test: tuple[Record, ...]
+    out_of_test: tuple[str, ...]  # keys of the test images that were drawn, or withheld by the hard setting
+
+    @property
+    def all(self) -> tuple[Record, ...]:
+        """Every record that is read, for the fingerprint."""
+        return (*self.normal, *(record for record, _ in self.labelled), *self.irrelevant, *self.test)
+
+
+class TrainingData(NamedTuple):
+    """What a run trains on: standardised features, and everything frozen that belongs to them."""
+
+    examples: Batch  # "features" [N,h,w,C], "mask" [N,h,w], "label" [N] and "kind" [N]: see `losses.push_pull_loss`
+    pools: tuple[Pool, ...]  # the first one is of all normal images
+    held: np.ndarray  # [n,h,w,C], kept for the threshold
+    threshold_keys: tuple[str, ...]  # whose scores fit the threshold: the held-out images, all where cross-fitted
+    frozen: dict[str, Any]  # "backbone" and "standardisation", saved once a run
+    summary: dict[str, Any]  # for config.json
+
+    @property
+    def normal(self) -> np.ndarray:
+        """Features of the normal images that are trained on, [n,h,w,C]."""
+        return self.examples["features"][: len(self.pools[0].examples)]
+
+
+def read_run(config: Config) -> RunRecords:
+    """The records of a run: labelled anomalies drawn, irrelevant ones chosen, nothing decoded.
+
+    Raises:
+        InputError: the data cannot be read, or cannot give the labels that are asked for.
+    """
+    supervision, is_push_pull = config.supervision, config.training.loss == "push_pull"
+    records = read_records(config.data.source, config.data.root, config.data.category)
+    normal = tuple(record for record in records if record.split == "train" and record.label == 0)
+    test = tuple(record for record in records if record.split == "test")
+    drawn = draw_shots(
+        test, shots=supervision.shots, setting=supervision.setting, seen=supervision.seen, seed=config.seed
+    )
+    given = tuple(record for record in records if record.split == "train" and record.label != 0)
+    if given and not is_push_pull:
+        _say(f"{len(given)} labelled anomalies of the training split are not used: training.loss is squared")
+    irrelevant: tuple[Record, ...] = ()
+    if supervision.irrelevant:
+        count = supervision.irrelevant_count or len(normal)
+        # A folder of prepared data holds CIFAR-100 too; any other root holds nothing of it.
+        prepared = "" if config.data.source in ("mvtec_ad", "classes") else config.data.root
+        irrelevant = read_irrelevant(supervision.irrelevant, count=count, seed=config.seed, root=prepared)
+    return RunRecords(
+        normal=normal,
+        labelled=deal_labels((*(given if is_push_pull else ()), *drawn.shots), supervision.labels),
+        irrelevant=irrelevant,
+        test=drawn.test,
+        out_of_test=tuple(sorted(record.key for record in (*drawn.shots, *drawn.withheld))),
+    )
+
+
+def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> TrainingData:
+    """Read the data, check every file of it, extract features and fit their standardisation.
+
+    Args:
+        config: the run.
+        network: what it computes.
+        frozen: parameters of the "backbone"; and the "standardisation", or it is fitted to the normal images.
+
+    Raises:
+        InputError: see `read_run` and `image_batches`; a labelled image has an empty mask; or fewer than two normal
+            images are left.
+    """
+    records, policy, dropped = read_run(config), config.data.on_unreadable, {}
+    parameters = frozen["backbone"]
+    with tqdm(desc="checking test images", total=len(records.test), unit="image", file=sys.stderr) as bar:
+        test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
+    masks = [_grid_mask(config, record, label) for record, label in records.labelled]
+    normal, features = _extract(config, network, parameters, records.normal, dropped, "features")
+    if len(normal) < 2:
+        raise InputError(
+            f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out"
+        )
+    fit, held = _hold_out(config, normal)
+    position = {record.key: i for i, record in enumerate(normal)}
+    fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
+    if "standardisation" in frozen:
+        standardisation = Standardisation(**frozen["standardisation"])
+    else:
+        standardisation = _standardisation(config, network, fit_features)
+
+    sources = [_normal_examples(config, fit_features)]
+    if records.labelled:
+        labelled, features = _extract(
+            config, network, parameters, [record for record, _ in records.labelled], dropped, "labelled anomalies"
+        )
+        read = {record.key for record in labelled}
+        kept = [i for i, (record, _) in enumerate(records.labelled) if record.key in read]
+        sources.append(
+            _examples(
+                features,
+                mask=np.stack([masks[i] for i in kept]),
+                label=[record.label or 0 for record in labelled],
+                kind=[_KINDS[records.labelled[i][1]] for i in kept],
+            )
+        )
+    if config.supervision.confetti_copies:
+        sources.append(_confetti_examples(config, network, parameters, fit))
+    if records.irrelevant:
+        _, features = _extract(config, network, parameters, records.irrelevant, dropped, "irrelevant images")
+        sources.append(_examples(features, mask=None, label=1, kind=IMAGE_LABEL))
+    for key, reason in dropped.items():
+        _say(f"left out {key}: {reason}")
+    examples = {name: np.concatenate([source[name] for source in sources]) for name in sources[0]}
+    examples["features"] = np.asarray(standardisation(examples["features"]))
+    return TrainingData(
+        examples=examples,
+        pools=_pools(config, [len(source["kind"]) for source in sources]),
+        held=np.asarray(standardisation(held_features)),
+        threshold_keys=tuple(record.key for record in held or fit),
+        frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
+        summary={
+            "fingerprint": fingerprint([record for record in records.all if record.key not in dropped]),
+            "train": len(fit),
+            "held_out": [record.key for record in held],
+            "test": len(test),
+            "labelled": {record.key: label for record, label in records.labelled if record.key not in dropped},
+            "out_of_test": list(records.out_of_test),
+            "irrelevant": len(records.irrelevant),
+            "confetti": config.supervision.confetti_copies * len(fit),
+            "left_out": dropped,
+        },
+    )
+
+
+def _hold_out(config: Config, normal: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """The normal images that are trained on, and those held out for the threshold: none where it is cross-fitted."""
+    if not config.scoring.folds:
+        return hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
+    if config.scoring.folds > len(normal):
+        raise InputError(f"scoring.folds: {config.scoring.folds} folds of {len(normal)} normal training images")
+    return tuple(normal), ()
+
+
+def _extract(
+    config: Config,
+    network: Network,
+    parameters: dict,
+    records: Sequence[Record],
+    dropped: dict[str, str],
+    what: str,
+) -> tuple[tuple[Record, ...], np.ndarray]:
+    """The records that could be read, and their features [N,h,w,C], not standardised."""
+    bar = tqdm(
+        _batches(config, records, dropped), desc=what, total=-(-len(records) // BATCH_SIZE), unit="batch",
+        file=sys.stderr,
+    )  # fmt: skip
+    features = extract_all(network.features, parameters, bar, batch_size=BATCH_SIZE)
+    return tuple(record for record in records if record.key not in dropped), features
+
+
+def _batches(config: Config, records: Sequence[Record], dropped: dict[str, str]):
+    return image_batches(
+        records,
+        image_size=config.data.image_size,
+        batch_size=BATCH_SIZE,
+        resize=config.data.resize,
+        on_unreadable=config.data.on_unreadable,
+        dropped=dropped,
+    )
+
+
+def _standardisation(config: Config, network: Network, features: np.ndarray) -> Standardisation:
+    widths = network.features.widths
+    if not config.features.standardise:
+        return raw(sum(widths))
+    fitted, constant = fit_standardisation(features, widths, stage_weights=config.features.stage_weights)
+    if constant:
+        _say(f"channels {constant} of the features are constant over the training images; they are only shifted")
+    return fitted
+
+
+def _examples(features: np.ndarray, *, mask: np.ndarray | None, label: Any, kind: Any) -> dict[str, np.ndarray]:
+    """Examples of one source; one label and kind for all, or one each; no mask is an empty one."""
+    count = len(features)
+    return {
+        "features": features,
+        "mask": np.zeros(features.shape[:-1], np.float32) if mask is None else mask.astype(np.float32),
+        "label": np.broadcast_to(np.asarray(label, np.float32), count),
+        "kind": np.broadcast_to(np.asarray(kind, np.int32), count),
+    }
+
+
+def _normal_examples(config: Config, features: np.ndarray) -> dict[str, np.ndarray]:
+    return _examples(features, mask=None, label=0, kind=_KINDS[config.supervision.normals])
+
+
+def _grid_mask(config: Config, record: Record, label: Label) -> np.ndarray:
+    """The mask of a labelled image on the grid, [h,w]; empty where its mask is not to be known."""
+    grid = (config.features.grid,) * 2
+    if label != "mask":
+        return np.zeros(grid, np.float32)
+    mask = read_mask(record, size=read_image(record).shape[:2])
+    if record.label == 1 and not mask.any():
+        raise InputError(f"{record.key}: labelled anomalous, but its mask {record.mask} marks no pixel")
+    data, rule = config.data, config.supervision.mask_rule
+    return mask_to_grid(mask, grid=grid, rule=rule, size=data.image_size, mode=data.resize)
+
+
+def _confetti_examples(
+    config: Config, network: Network, parameters: dict, records: Sequence[Record]
+) -> dict[str, np.ndarray]:
+    """Copies of training images with confetti noise: copy c of image i is drawn from the key (seed, c, i)."""
+    copies, grid = config.supervision.confetti_copies, (config.features.grid,) * 2
+    total = copies * -(-len(records) // BATCH_SIZE)
+    features, masks = [], []
+    with tqdm(desc="confetti", total=total, unit="batch", file=sys.stderr) as bar:
+        for copy in range(copies):
+            key = jax.random.fold_in(jax.random.key(config.seed), copy)
+            program = functools.partial(_compiled_confetti(network.features), parameters, key)
+            for batch in _batches(config, records, {}):
+                noisy, changed = padded(program, batch["index"], batch["image"], size=BATCH_SIZE)
+                features.append(noisy)
+                masks += [mask_to_grid(mask, grid=grid, rule=config.supervision.mask_rule) for mask in changed]
+                bar.update()
+    return _examples(np.concatenate(features), mask=np.stack(masks), label=1, kind=MASK)
+
+
+@functools.cache
+def _compiled_confetti(spec: FeatureSpec):
+    """(parameters, key, indices [B], images [B,S,S,3] in 0..255) -> features [B,h,w,C] and masks [B,S,S]."""
+
+    @jax.jit
+    def program(parameters: dict, key: jax.Array, indices: jax.Array, images: jax.Array):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        noisy, masks = jax.vmap(confetti)(keys, images / 255)
+        return extract(spec, parameters, 255 * noisy), masks
+
+    return program
+
+
+def _pools(config: Config, counts: Sequence[int]) -> tuple[Pool, ...]:
+    """The pools of a batch: normal images, and an equal share of the anomalous places for every source of anomalies."""
+    size, sources = config.training.batch_size, len(counts) - 1
+    places = [size]
+    if sources:
+        anomalous = round(config.supervision.share * size)
+        if not sources <= anomalous < size:
+            raise InputError(
+                f"supervision.share: {anomalous} of {size} places in a batch (training.batch_size) for {sources} "
+                "sources of anomalies; each needs one, and so do the normal images"
+            )
+        shares = np.diff(np.round(np.linspace(0, anomalous, sources + 1)).astype(int))
+        places = [size - anomalous, *shares.tolist()]
+    edges = np.cumsum((0, *counts))
+    return tuple(Pool(np.arange(start, end), n) for start, end, n in zip(edges[:-1], edges[1:], places, strict=True))
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
