@@ -143,6 +143,9 @@ class Supervision:
     """Normal images are pulled in all cells (eq. 7), or in the k cells that are worst (eq. 9)."""
     mask_rule: Literal["any", "fraction"] = "any"
     """A cell is anomalous if any pixel of it is, or in proportion to its anomalous area."""
+    by_stage: bool = False
+    """Eq. 6 for each stage by itself, in units of its mean |d| on normal images before the first step, and the mean of
+    the stages' losses; otherwise the paper's, over all channels at once, most of which are the last stage's."""
     alpha: float = 0.003
     """Weight of the push terms."""
     k: int = 20
@@ -153,9 +156,14 @@ class Supervision:
 class Scoring:
     """From the score map to the verdict."""
 
-    balance_stages: bool = False
-    """The score map as the mean over stages of each stage's own score map, in units of its mean over the training
-    images, so that every stage has the same say; otherwise the paper's, the norm over all channels."""
+    map: Literal["norm", "whitened"] = "norm"
+    """The score of a cell: the norm of its residual (the paper); or the geometric mean over stages of the norm of the
+    stage's residual, whitened by what is usual on the normal training images."""
+    map_weights: tuple[float, ...] = ()
+    """Exponent of each stage in the whitened map; empty: all the same."""
+    mean_residual: bool = False
+    """The score of an image as the map's times the Mahalanobis norm of its mean residual, which tells of what is
+    missing or in another place; otherwise the paper's, the map's alone."""
     smoothing: float = 0.0
     """Deviation in pixels, for an image of 256, of the Gaussian over the upsampled map; scaled with the image."""
     window: int = 16
@@ -321,6 +329,11 @@ def check(config: Config, *, source: str) -> None:
         ("supervision.share", 0 < config.supervision.share < 1, "between 0 and 1"),
         ("supervision.k", _is_k(config), "from 1 to the cells of the grid"),
         ("supervision.alpha", 0 <= config.supervision.alpha, "0 or more"),
+        (
+            "scoring.map_weights",
+            _are_map_weights(config),
+            "one weight of 0 or more a stage, not all 0, with map whitened",
+        ),
         ("scoring.smoothing", 0 <= config.scoring.smoothing, "0 or more"),
         ("scoring.window", config.scoring.window <= 256, "at most 256, the whole image"),
         ("scoring.false_positive_rate", 0 < config.scoring.false_positive_rate < 1, "between 0 and 1"),
@@ -356,6 +369,12 @@ def is_supervised(config: Config) -> bool:
 
 def _are_stages(stages: tuple[int, ...]) -> bool:
     return bool(stages) and list(stages) == sorted(set(stages)) and stages[0] >= 1
+
+
+def _are_map_weights(config: Config) -> bool:
+    weights, scoring = config.scoring.map_weights, config.scoring
+    fits = len(weights) == len(config.features.stages) and min(weights, default=0) >= 0 and sum(weights) > 0
+    return not weights or (scoring.map == "whitened" and fits)
 
 
 def _is_k(config: Config) -> bool:

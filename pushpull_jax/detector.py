@@ -1,13 +1,13 @@
 """The one way from images to scores and maps; every program and every artefact calls `detect`.
 
-Parameters (backbone, standardisation, reconstructor, levels, threshold) are one tree. Images are [B,S,S,3] in 0..255 at
-the run's size S inside `detect`, and uint8 [B,H,W,3] of any size for a `Detector`. Scores and maps are in the units of
-the score map, so one threshold serves both.
+Parameters (backbone, standardisation, reconstructor, residuals, thresholds) are one tree. Images are [B,S,S,3] in
+0..255 at the run's size S inside `detect`, and uint8 [B,H,W,3] of any size for a `Detector`. Scores and maps have a
+threshold each, fitted on the same images.
 """
 
 import functools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from pushpull_jax.models.convolutional import ConvolutionalReconstructor
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.models.reconstructor import Reconstructor
 from pushpull_jax.steps import State, init_state, make_optimizer
-from pushpull_jax.weights import load_parameters
+from pushpull_jax.weights import described, load_parameters
+from pushpull_jax.whitening import Whitening, mean_residual_distance, whitened_score_map
 
 # Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
 REFERENCE_SIZE = 256
@@ -46,8 +47,8 @@ class Network:
         reconstructor: linen module, [B,h,w,C] -> [B,h,w,C].
         image_size: S.
         resize: how an image is brought to S.
-        groups: channels of each group whose score maps are averaged, each in units of its level: (C,) for the paper's
-            score map, the widths of the stages to give each of them the same say.
+        map_weights: exponents of the stages in the whitened score map; empty for the paper's, the norm.
+        mean_residual: whether the score of an image is multiplied by the distance of its mean residual.
         smoothing: deviation of the Gaussian over the map, in pixels of an image of 256.
         window: side of the window of the image score, in pixels of an image of 256.
     """
@@ -56,7 +57,8 @@ class Network:
     reconstructor: nn.Module
     image_size: int
     resize: Resize
-    groups: tuple[int, ...]
+    map_weights: tuple[float, ...]
+    mean_residual: bool
     smoothing: float
     window: int
 
@@ -73,16 +75,23 @@ def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> t
 
 def detect_features(network: Network, parameters: dict[str, Any], features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The second half of `detect`, from standardised features [B,h,w,C]."""
-    groups = group_maps(network, parameters, features) / parameters["levels"][None, :, None, None]
-    maps = scoring.upsample(groups.mean(-3), network.image_size)
-    maps = scoring.smooth(maps, sigma=network.smoothing * network.scale)
-    return scoring.image_score(maps, window=max(1, round(network.window * network.scale))), maps
-
-
-def group_maps(network: Network, parameters: dict[str, Any], features: jax.Array) -> jax.Array:
-    """Score maps [B,G,h,w] of the network's groups, from standardised features [B,h,w,C]."""
     reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
-    return scoring.group_score_maps(features, reconstruction, widths=network.groups)
+    usual = parameters["residuals"]
+    if network.map_weights:
+        stages = tuple(Whitening(**usual[f"stage_{stage}"]) for stage in network.features.stages)
+        maps = whitened_score_map(features, reconstruction, stages, weights=network.map_weights)
+    else:
+        maps = scoring.score_map(features, reconstruction)
+    maps = scoring.smooth(scoring.upsample(maps, network.image_size), sigma=network.smoothing * network.scale)
+    scores = peaks(network, maps)
+    if network.mean_residual:
+        scores = scores * mean_residual_distance(features, reconstruction, Whitening(**usual["image"]))
+    return scores, maps
+
+
+def peaks(network: Network, maps: jax.Array) -> jax.Array:
+    """The largest mean of a window over maps [B,S,S]: [B], the score of an image but for its mean residual."""
+    return scoring.image_score(maps, window=max(1, round(network.window * network.scale)))
 
 
 @functools.cache
@@ -96,7 +105,8 @@ class Detector:
 
     Attributes:
         network: what is computed.
-        parameters: the tree: "backbone", "standardisation", "reconstructor", "levels" [G], "threshold".
+        parameters: the tree: "backbone", "standardisation", "reconstructor", "residuals" (what is usual of them, where
+            the network asks), "threshold", "map_threshold".
     """
 
     network: Network
@@ -106,6 +116,11 @@ class Detector:
     def threshold(self) -> float:
         """An image whose score is above it is anomalous."""
         return float(self.parameters["threshold"])
+
+    @property
+    def map_threshold(self) -> float:
+        """A window of the map whose mean is above it is anomalous; heat maps are coloured by it."""
+        return float(self.parameters["map_threshold"])
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and maps of images of one size.
@@ -174,10 +189,17 @@ def build_network(
         reconstructor=reconstructor or build_reconstructor(config),
         image_size=config.data.image_size,
         resize=config.data.resize,
-        groups=spec.widths if scores.balance_stages else (sum(spec.widths),),
+        map_weights=_map_weights(config),
+        mean_residual=scores.mean_residual,
         smoothing=scores.smoothing,
         window=scores.window,
     )
+
+
+def _map_weights(config: Config) -> tuple[float, ...]:
+    if config.scoring.map == "norm":
+        return ()
+    return config.scoring.map_weights or (1.0,) * len(config.features.stages)
 
 
 def build_reconstructor(config: Config) -> nn.Module:
@@ -220,16 +242,14 @@ def initial_state(config: Config, network: Network) -> State:
     return init_state(jax.random.key(config.seed), network.reconstructor, build_optimizer(config)[0], shape)
 
 
-def _read_threshold(path: Path, groups: int) -> dict[str, np.ndarray]:
-    """The threshold and the levels of a run."""
+def _read_thresholds(path: Path) -> dict[str, np.ndarray]:
+    """The thresholds of a run."""
     values = files.read_json(path)
     values = values if isinstance(values, dict) else {}
-    threshold, levels = values.get("threshold"), values.get("levels")
-    if not isinstance(threshold, float) or not np.isfinite(threshold):
-        raise InputError(f"{path}: expected an object with a finite number `threshold`, got {threshold!r}")
-    if not isinstance(levels, list) or len(levels) != groups or not all(isinstance(x, float) and x > 0 for x in levels):
-        raise InputError(f"{path}: expected {groups} positive numbers `levels`, got {levels!r}")
-    return {"threshold": np.float32(threshold), "levels": np.float32(levels)}
+    for name in ("threshold", "map_threshold"):
+        if not isinstance(values.get(name), float) or not np.isfinite(values[name]):
+            raise InputError(f"{path}: expected an object with a finite number `{name}`, got {values.get(name)!r}")
+    return {name: np.float32(values[name]) for name in ("threshold", "map_threshold")}
 
 
 def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) -> Detector:
@@ -243,28 +263,43 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
         InputError: the folder is not a run, the run is not finished, or one of its files is damaged.
     """
     folder = Path(workdir)
-    config, network = read_network(folder, reconstructor=reconstructor)
+    find_backbone(files.read_config(folder)[0].features.backbone)
     if not (folder / files.THRESHOLD).is_file():
         raise InputError(f"workdir {folder}: the run is not finished; the command that started it goes on with it")
-    fitted = _read_threshold(folder / files.THRESHOLD, len(network.groups))
-    trained = {"reconstructor": restore_parameters(folder, config, network)}
-    return Detector(network, jax.device_put(load_frozen(folder, network) | fitted | trained))
+    config, network = read_network(folder, reconstructor=reconstructor)
+    tree = load_frozen(folder, network) | _read_thresholds(folder / files.THRESHOLD)
+    tree |= {
+        "reconstructor": restore_parameters(folder, config, network),
+        "residuals": _load_residuals(folder, network),
+    }
+    return Detector(network, jax.device_put(tree))
 
 
-def describe_backbone(backbone: Backbone) -> dict[str, Any]:
-    """What config.json tells of the backbone that was loaded; `read_network` reads it."""
-    names = ("name", "source", "licence", "sha256", "mean", "deviation")
-    return {name: getattr(backbone, name) for name in names}
+def _load_residuals(folder: Path, network: Network) -> dict[str, Any]:
+    """What is usual of the residuals, as `fit.with_residuals` found it; nothing where the network does not ask."""
+    widths = dict(zip(network.features.stages, network.features.widths, strict=True))
+    asked = {f"stage_{stage}": width for stage, width in widths.items()} if network.map_weights else {}
+    if network.mean_residual:
+        asked["image"] = sum(network.features.widths)
+    if not asked:
+        return {}
+    like = {
+        name: {
+            "mean": jax.ShapeDtypeStruct((width,), np.float32),
+            "matrix": jax.ShapeDtypeStruct((width, width), np.float32),
+        }
+        for name, width in asked.items()
+    }
+    return load_parameters(folder / files.RESIDUALS, like=like)
 
 
 def read_network(folder: Path, *, reconstructor: nn.Module | None = None) -> tuple[Config, Network]:
     """Config and network of a run, with the preprocessing of the weights that it was trained on."""
     config, run = files.read_config(folder)
-    there = run["backbone"]
-    read = {name: tuple(there[name]) for name in ("mean", "deviation")} | {
-        name: there[name] for name in ("source", "sha256")
-    }
-    backbone = replace(find_backbone(config.features.backbone), **read)
+    told = run.get("backbone")
+    if not isinstance(told, dict):
+        raise InputError(f"{folder / files.CONFIG}: expected an object `backbone`, which tells of its weights")
+    backbone = described(find_backbone(config.features.backbone), told, source=str(folder / files.CONFIG))
     return config, build_network(config, backbone=backbone, reconstructor=reconstructor)
 
 

@@ -178,6 +178,7 @@ def _write_report(
         title=f"{config.data.category} · {folder.name}",
         metrics={name: result[name] for name in METRICS},
         threshold=detector.threshold,
+        map_threshold=detector.map_threshold,
         false_positive_rate=threshold["false_positive_rate"],
         threshold_note=threshold["note"],
         labels=scored.labels.astype(int),

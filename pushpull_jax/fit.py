@@ -4,6 +4,7 @@ Features are standardised, [N,h,w,C]. Batches are drawn from pools of examples, 
 images.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
 
 from pushpull_jax import workdir as files
-from pushpull_jax.batching import in_batches
+from pushpull_jax.batching import in_batches, padded
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
-from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, group_maps, initial_state
+from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, initial_state, peaks
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.steps import (
@@ -33,6 +35,7 @@ from pushpull_jax.steps import (
     mixed_batch_indices,
     training_apply,
 )
+from pushpull_jax.whitening import RIDGE, RIDGE_OF_IMAGES, Moments, fit_whitening, moments
 
 
 class Program(NamedTuple):
@@ -40,8 +43,8 @@ class Program(NamedTuple):
 
     network: Network
     chunk: Callable
-    maps: Callable
-    scores: Callable
+    residuals: Callable  # (parameters, features [B,h,w,C]) -> means [B,C], and the moments of each stage
+    scores: Callable  # (parameters, features) -> scores [B] and peaks of the maps [B]
     learning_rate: optax.Schedule
 
 
@@ -50,9 +53,19 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     optimizer, rate = build_optimizer(config)
     apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter)
     chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer))
-    maps = jax.jit(lambda parameters, features: group_maps(network, parameters, features))
-    scores = jax.jit(lambda parameters, features: detect_features(network, parameters, features)[0])
-    return Program(network, chunk, maps, scores, rate)
+
+    @jax.jit
+    def residuals(parameters: dict[str, Any], features: jax.Array):
+        rest = features - network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+        parts = jnp.split(rest, np.cumsum(network.features.widths)[:-1].tolist(), axis=-1)
+        return rest.mean((1, 2)), [moments(part) for part in parts]
+
+    @jax.jit
+    def scores(parameters: dict[str, Any], features: jax.Array):
+        scored, maps = detect_features(network, parameters, features)
+        return scored, peaks(network, maps)
+
+    return Program(network, chunk, residuals, scores, rate)
 
 
 def fit(
@@ -111,8 +124,8 @@ def _first_state(config: Config, network: Network, normal: np.ndarray, start: An
 
 def cross_fit(
     config: Config, program: Program, frozen: dict[str, Any], examples: Batch, pools: Sequence[Pool]
-) -> np.ndarray:
-    """Scores [n] of the normal training images, each by a detector that was trained without its fold of them.
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score_features` of the normal training images, each by a detector that was trained without its fold of them.
 
     Costs `scoring.folds` more trainings, in the program that is compiled already. The standardisation is that of all
     images; anomalies are trained on in every fold.
@@ -121,7 +134,7 @@ def cross_fit(
     features, on_device = examples["features"][normal], jax.device_put(examples)
     count, steps, size = config.scoring.folds, config.training.steps, config.log.every
     order = np.random.default_rng(config.seed).permutation(len(features))
-    scores = np.empty(len(features), np.float32)
+    results = tuple(np.empty(len(features), np.float32) for _ in ("scores", "peaks"))
     with tqdm(desc="cross-fitting", total=count * steps, unit="step", file=sys.stderr) as bar:
         for fold in range(count):
             held = order[fold::count]
@@ -134,28 +147,52 @@ def cross_fit(
                 state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
                 _check_finite(_means(metrics, last - step), step, config)
                 bar.update(last - step)
-            parameters = with_levels(program, frozen | {"reconstructor": state.parameters}, features[kept])
-            scores[held] = score_features(program, parameters, features[held])
-    return scores
+            parameters = with_residuals(program, frozen | {"reconstructor": state.parameters}, features[kept])
+            for whole, part in zip(results, score_features(program, parameters, features[held]), strict=True):
+                whole[held] = part
+    return results
 
 
-def with_levels(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Any]:
-    """The parameters with "levels" [G]: the mean score of each group of channels over training features, or 1 for one.
+def with_residuals(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Any]:
+    """The parameters with "residuals": what is usual of them on normal training features, as far as the network asks.
 
-    A single group keeps the units of the paper's score map.
+    In one pass: the moments of every stage over all cells, and those of the images' means.
     """
-    groups = program.network.groups
-    if len(groups) == 1:
-        return parameters | {"levels": np.ones(1, np.float32)}
-    means = in_batches(lambda batch: program.maps(parameters, batch).mean((-2, -1)), features, size=BATCH_SIZE)
-    # A group that is always reconstructed to the last bit has no unit: any error at all is then enormous, not NaN.
-    levels = np.maximum(means.mean(0, dtype=np.float64), np.finfo(np.float32).tiny ** 0.5)
-    return parameters | {"levels": levels.astype(np.float32)}
+    network, usual = program.network, {}
+    if network.map_weights or network.mean_residual:
+        means, sums = [], None
+        for start in range(0, len(features), BATCH_SIZE):
+            batch = features[start : start + BATCH_SIZE]
+            mean, parts = padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
+            added = jax.tree.map(lambda leaf: leaf.sum(0, dtype=np.float64), parts)
+            sums = added if sums is None else jax.tree.map(np.add, sums, added)
+            means.append(mean)
+        cells = len(features) * network.features.grid**2
+        if network.map_weights:
+            for stage, (total, outer) in zip(network.features.stages, sums, strict=True):
+                usual[f"stage_{stage}"] = fit_whitening(Moments(cells, total, outer), ridge=RIDGE)._asdict()
+        if network.mean_residual:
+            means = np.concatenate(means).astype(np.float64)
+            of_images = Moments(len(means), means.sum(0), means.T @ means)
+            usual["image"] = fit_whitening(of_images, ridge=RIDGE_OF_IMAGES)._asdict()
+    return parameters | {"residuals": usual}
 
 
-def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> np.ndarray:
-    """Scores [N] float32 of features."""
-    return in_batches(lambda batch: program.scores(parameters, batch), features, size=BATCH_SIZE)
+def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
+    """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
+    edges = np.cumsum(network.features.widths)[:-1].tolist()
+
+    @jax.jit
+    def levels(batch: jax.Array) -> jax.Array:
+        residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
+        return jnp.stack([part.mean((1, 2, 3)) for part in jnp.split(residuals, edges, axis=-1)], axis=-1)
+
+    return np.maximum(in_batches(levels, features, size=BATCH_SIZE).mean(0, dtype=np.float64), 1e-6)
+
+
+def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [N] and peaks of the maps [N], float32, of features."""
+    return in_batches(functools.partial(program.scores, parameters), features, size=BATCH_SIZE)
 
 
 def _chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def predict(
                 native = detector.to_native(score_map, pixels.shape[:2])
                 target = folder / HEATMAPS / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                heatmap.save_png(target, heatmap.overlay(pixels, native, threshold=detector.threshold))
+                heatmap.save_png(target, heatmap.overlay(pixels, native, threshold=detector.map_threshold))
             bar.update(len(batch))
     os.replace(table, folder / PREDICTIONS)
     return predictions, unreadable

@@ -56,7 +56,8 @@ class Report:
 
     title: str
     metrics: Mapping[str, float]  # image_auroc, ..., aupro; missing or nan ones are shown as a dash with the reason
-    threshold: float  # finite, above 0
+    threshold: float  # of scores; finite, above 0
+    map_threshold: float  # of maps, which it colours; finite, above 0
     false_positive_rate: float  # that the threshold was set for
     threshold_note: str
     labels: Sequence[int]  # [N], 0 or 1
@@ -123,7 +124,7 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
 
     Raises:
         ValueError: labels, scores and defect_types differ in length, are empty, or hold other than 0 and 1 or finite
-            values; the threshold is not finite and above 0; a metric's name is unknown; or image, mask and map of a
+            values; a threshold is not finite and above 0; a metric's name is unknown; or image, mask and map of a
             case differ in size.
     """
     page = _render(report)
@@ -167,8 +168,10 @@ def _checked(report: Report) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{found} must have the same shape [N], N at least 1")
     if not (np.isin(labels, (0, 1)).all() and np.isfinite(scores).all()):
         raise ValueError("labels must be 0 or 1, and scores finite")
-    if not (math.isfinite(report.threshold) and report.threshold > 0):
-        raise ValueError(f"threshold must be finite and above 0, got {report.threshold}")
+    for name in ("threshold", "map_threshold"):
+        value = getattr(report, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and above 0, got {value}")
     unknown = sorted(report.metrics.keys() - _IMAGE_METRICS.keys() - _PIXEL_METRICS.keys())
     if unknown:
         raise ValueError(f"metrics: unknown {unknown}, expected of {sorted(_IMAGE_METRICS | _PIXEL_METRICS)}")
@@ -276,18 +279,18 @@ def _gallery(group: _Group, report: Report) -> str:
     cases = sorted(filter(belongs, report.cases), key=lambda case: case.score, reverse=group.highest_first)
     if not cases:
         return f"<h3>{group.title}</h3>{_missing('none shown')}"
-    shown = "\n".join(_case(case, group, report.threshold) for case in cases)
+    shown = "\n".join(_case(case, group, report.map_threshold) for case in cases)
     return f'<h3>{group.title} <small>{group.order}</small></h3>\n<div class="cases">\n{shown}\n</div>'
 
 
-def _case(case: Case, group: _Group, threshold: float) -> str:
+def _case(case: Case, group: _Group, map_threshold: float) -> str:
     pictures = [_picture(case.image, "image", case.key)]
     if case.mask is not None and case.mask.any():
         outlined = heatmap.outline(case.image, np.asarray(case.mask, bool), colour=_MASK_COLOUR)
         pictures.append(_picture(outlined, "true defect", case.key))
     else:
         pictures.append(f'<span class="none">{"no mask" if case.label else "no defect"}</span>')
-    pictures.append(_picture(heatmap.overlay(case.image, case.map, threshold=threshold), "heat map", case.key))
+    pictures.append(_picture(heatmap.overlay(case.image, case.map, threshold=map_threshold), "heat map", case.key))
     verdict = f'<span class="{group.kind}">{group.verdict}</span>'
     line = f"{verdict} {_text(case.defect_type)} &middot; score {case.score:.4g}"
     head = f"<header>{line}<br><small>{_text(case.key)}</small></header>"

@@ -6,7 +6,6 @@ whatever comes in. Resizing and smoothing are two small constant matrices and an
 edges, differentiable, and exportable with a symbolic batch.
 """
 
-import itertools
 import math
 import operator
 
@@ -44,28 +43,6 @@ def score_map(features: ArrayLike, reconstruction: ArrayLike) -> jax.Array:
     # The root must not see a 0: its infinite derivative would make the gradient NaN even where it is not selected.
     is_zero = squared == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
-
-
-def group_score_maps(features: ArrayLike, reconstruction: ArrayLike, *, widths: tuple[int, ...]) -> jax.Array:
-    """Score maps of groups of channels, the stages of a backbone: `score_map` of each group.
-
-    Args:
-        features: [*B, h, w, C], extracted.
-        reconstruction: [*B, h, w, C], reconstructed.
-        widths: channels of each of G groups, in order; they sum to C.
-
-    Returns:
-        [*B, G, h, w] float32, 0 or more.
-
-    Raises:
-        ValueError: the two shapes differ, or the widths do not sum to C.
-    """
-    channels = check_shapes("*B h w C", features=features, reconstruction=reconstruction)["C"]
-    if sum(widths) != channels:
-        raise ValueError(f"expected widths that sum to the {channels} channels, got {widths}")
-    edges = np.cumsum((0, *widths))
-    groups = [slice(start, end) for start, end in itertools.pairwise(edges)]
-    return jnp.stack([score_map(features[..., group], reconstruction[..., group]) for group in groups], axis=-3)
 
 
 def interpolation_matrix(n_in: int, n_out: int) -> np.ndarray:

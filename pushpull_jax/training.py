@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -27,8 +28,9 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check, flatten
 from pushpull_jax.data.manifest import fingerprint
 from pushpull_jax.detector import (
+    Network,
     build_network,
-    describe_backbone,
+    initial_state,
     load_frozen,
     read_network,
     restore_parameters,
@@ -36,9 +38,9 @@ from pushpull_jax.detector import (
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import TrainingData, prepare, read_run
-from pushpull_jax.fit import build_program, cross_fit, fit, score_features, with_levels
+from pushpull_jax.fit import build_program, cross_fit, fit, score_features, stage_levels, with_residuals
 from pushpull_jax.steps import Batch, LossFunction
-from pushpull_jax.weights import load_backbone, save_parameters
+from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
 
 
 def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
@@ -47,17 +49,39 @@ def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
     return losses.reconstruction_loss(batch["features"], reconstruction) / channels
 
 
-def push_pull(batch: Batch, reconstruction: jax.Array, *, k: int, alpha: float) -> jax.Array:
-    """Eq. 6 to 9, for each example by its kind of label."""
-    phi = losses.pseudo_huber_map(batch["features"], reconstruction)
-    return losses.push_pull_loss(phi, batch["kind"], batch["label"], batch["mask"], k=k, alpha=alpha)
+def push_pull(
+    batch: Batch, reconstruction: jax.Array, *, k: int, alpha: float, units: Sequence[tuple[int, float]] = ()
+) -> jax.Array:
+    """Eq. 6 to 9, for each example by its kind of label.
+
+    Args:
+        batch: see `train`.
+        reconstruction: [B,h,w,C].
+        k: see `losses.push_pull_loss`.
+        alpha: likewise.
+        units: channels of each stage, in order, and the unit of its residuals: eq. 6 is then computed for each stage
+            by itself, and the losses are averaged; by default once, over all channels.
+
+    Returns:
+        [B] float32.
+    """
+    labels = batch["kind"], batch["label"], batch["mask"]
+    edges = np.cumsum([width for width, _ in units])[:-1].tolist()
+    pairs = zip(jnp.split(batch["features"], edges, -1), jnp.split(reconstruction, edges, -1), strict=True)
+    scales = [unit for _, unit in units] or [1.0]
+    phis = [losses.pseudo_huber_map(a / scale, b / scale) for (a, b), scale in zip(pairs, scales, strict=True)]
+    return jnp.mean(jnp.stack([losses.push_pull_loss(phi, *labels, k=k, alpha=alpha) for phi in phis]), axis=0)
 
 
-def configured_loss(config: Config) -> LossFunction:
-    """The loss that a config names."""
+def configured_loss(config: Config, network: Network, parameters: Any, normal: np.ndarray) -> LossFunction:
+    """The loss that a config names, where training starts from these parameters of the reconstructor."""
     if config.training.loss == "squared":
         return squared
-    return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha)
+    units = ()
+    if config.supervision.by_stage:
+        levels = stage_levels(network, parameters, normal).tolist()
+        units = tuple(zip(network.features.widths, levels, strict=True))
+    return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
 
 
 class Start(NamedTuple):
@@ -136,27 +160,30 @@ def train(
         data.summary["start"] = _check_start(start, data)
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
-        told = describe_backbone(network.features.backbone)
-        metadata = {name: told[name] for name in ("name", "source", "licence", "sha256")}
-        save_parameters(folder / files.BACKBONE, data.frozen, metadata=metadata)
+        told = backbone_metadata(network.features.backbone)
+        save_parameters(folder / files.BACKBONE, data.frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
         files.write_config(folder, config, **rest, **given)
     elif data.summary != files.read_config(folder)[1]["data"]:
         raise InputError(f"workdir {folder} holds a run on other data: other files can be read now, or it started "
                          "from another run")  # fmt: skip
-    program = build_program(config, network, loss_fn or configured_loss(config))
+    first = start.parameters if start else initial_state(config, network).parameters
+    program = build_program(config, network, loss_fn or configured_loss(config, network, first, data.normal))
     state = fit(config, program, data.examples, data.pools, folder, start=start and start.parameters)
-    parameters = with_levels(program, data.frozen | {"reconstructor": state.parameters}, data.normal)
+    parameters = with_residuals(program, data.frozen | {"reconstructor": state.parameters}, data.normal)
+    if parameters["residuals"]:
+        save_parameters(folder / files.RESIDUALS, parameters["residuals"], metadata={})
     if config.scoring.folds:
-        scores = cross_fit(config, program, data.frozen, data.examples, data.pools)
+        held = cross_fit(config, program, data.frozen, data.examples, data.pools)
     else:
-        scores = score_features(program, parameters, data.held)
-    _write_threshold(folder, config, scores, data, parameters["levels"])
+        held = score_features(program, parameters, data.held)
+    _write_threshold(folder, config, data, *held)
     return _evaluated(folder, reconstructor)
 
 
-def _write_threshold(folder: Path, config: Config, scores: np.ndarray, data: TrainingData, levels: np.ndarray) -> None:
-    threshold = conformal_threshold(scores, false_positive_rate=config.scoring.false_positive_rate)
+def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: np.ndarray, peaks: np.ndarray) -> None:
+    rate = config.scoring.false_positive_rate
+    threshold = conformal_threshold(scores, false_positive_rate=rate)
     note = threshold.note
     if config.scoring.folds:
         note += f" (each scored by a detector trained without its fold, {config.scoring.folds} in all)"
@@ -165,7 +192,7 @@ def _write_threshold(folder: Path, config: Config, scores: np.ndarray, data: Tra
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
         "note": note,
-        "levels": levels.tolist(),
+        "map_threshold": conformal_threshold(peaks, false_positive_rate=rate).value,
         "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)

@@ -20,14 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pushpull_jax.backbones import (  # noqa: F401
-    BACKBONES,
-    EFFICIENTNET_LITE0,
-    Backbone,
-    HubFile,
-    PackageFile,
-    find_backbone,
-)
+from pushpull_jax.backbones import Backbone, HubFile, PackageFile, find_backbone
 from pushpull_jax.conversion.keras_h5 import keras_preprocessing, read_keras_h5
 from pushpull_jax.conversion.tensors import Parameters, check_tensors
 from pushpull_jax.errors import InputError
@@ -183,15 +176,6 @@ def described(backbone: Backbone, metadata: dict[str, str], *, source: str) -> B
     return dataclasses.replace(backbone, **changes)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    return _read_safetensors(path, tensors=False)[1]
-
-
 def flatten(tree: Parameters) -> dict[str, np.ndarray]:
     """Leaves of a tree by their path, joined by "/", as files of ours name them."""
     return {"/".join(path): leaf for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
@@ -223,12 +207,11 @@ def load_parameters(path: str | os.PathLike, *, like: Parameters) -> Parameters:
     return _checked(state, like, str(path))
 
 
-def _read_safetensors(path: str | os.PathLike, *, tensors: bool = True) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name, if they are wanted, and metadata."""
+def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors by name, and metadata."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
-            return state, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # NumPy may lack the dtype
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 

@@ -4,7 +4,8 @@ config.json           the resolved config, versions, command, and what data it s
 backbone.safetensors  frozen parameters: the backbone's and the standardisation
 checkpoints/          states of the reconstructor and its optimiser (orbax)
 metrics.jsonl         a line a logging step
-threshold.json        the threshold, and the held-out scores that it was fitted on
+residuals.safetensors what is usual of the residuals on normal images, where the score is in units of it
+threshold.json        the thresholds, and the held-out scores that they were fitted on
 metrics.json, predictions.csv, report.html            the evaluation
 """
 
@@ -21,6 +22,7 @@ from pushpull_jax.config import HOW_IT_RUNS, Config, check, flatten, from_dict, 
 from pushpull_jax.errors import InputError
 
 CONFIG, BACKBONE, CHECKPOINTS, LOG = "config.json", "backbone.safetensors", "checkpoints", "metrics.jsonl"
+RESIDUALS = "residuals.safetensors"
 THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "predictions.csv", "report.html"
 
 # What the numbers of a run depend on.

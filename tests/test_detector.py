@@ -1,7 +1,6 @@
 """The one way from images to scores and maps, on a tiny random network: padding, resizing and the run's folder."""
 
 import functools
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pushpull_jax import weights
+from pushpull_jax import backbones
 from pushpull_jax import workdir as files
+from pushpull_jax.backbones import Backbone
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, Data, Features, Reconstructor, Scoring, Training
 from pushpull_jax.data.images import resize_image
-from pushpull_jax.detector import Detector, build_network, detect, detect_features, initial_state, load
+from pushpull_jax.detector import (
+    Detector,
+    build_network,
+    detect,
+    detect_features,
+    initial_state,
+    load,
+    peaks,
+)
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.scoring import image_score, smooth, upsample
-from pushpull_jax.weights import Backbone, save_parameters
+from pushpull_jax.weights import backbone_metadata, save_parameters
 
 TINY = Backbone(
     name="tiny",
@@ -49,7 +57,7 @@ def random_tree(seed, shapes):
 @pytest.fixture(scope="module", autouse=True)
 def tiny_backbone():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(weights.BACKBONES, "tiny", TINY)
+        patch.setitem(backbones.BACKBONES, "tiny", TINY)
         yield
 
 
@@ -68,8 +76,9 @@ def detector():
             "shift": rng.normal(size=channels).astype(np.float32),
             "scale": rng.uniform(0.5, 2, channels).astype(np.float32),
         },
-        "levels": np.ones(1, np.float32),
+        "residuals": {},
         "threshold": np.float32(1.25),
+        "map_threshold": np.float32(0.75),
     }
     return Detector(network, jax.device_put(parameters))
 
@@ -90,7 +99,7 @@ def test_network(detector):
     assert hash(network) == hash(build_network(CONFIG)) and network == build_network(CONFIG)
     other = build_network(CONFIG, reconstructor=network.reconstructor.clone(width=4))
     assert other.reconstructor.width == 4
-    assert detector.threshold == 1.25
+    assert (detector.threshold, detector.map_threshold) == (1.25, 0.75)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 100), (7, 5), (1, 1)])
@@ -242,12 +251,16 @@ def write_run(folder, detector, config=CONFIG):
     folder.mkdir(parents=True)
     frozen = {name: detector.parameters[name] for name in ("backbone", "standardisation")}
     save_parameters(folder / files.BACKBONE, frozen, metadata={"source": "random"})
-    files.write_config(folder, config, versions={}, command=[])
+    backbone = backbone_metadata(detector.network.features.backbone)
+    files.write_config(folder, config, versions={}, command=[], backbone=backbone)
     state = random_tree(9, jax.eval_shape(lambda: initial_state(config, detector.network)))
     state = state._replace(step=np.int32(4), parameters=jax.device_get(detector.parameters["reconstructor"]))
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         checkpoints.save(state)
-    files.write_json(folder / files.THRESHOLD, {"threshold": detector.threshold, "levels": [1.0]})
+    if detector.parameters["residuals"]:
+        save_parameters(folder / files.RESIDUALS, jax.device_get(detector.parameters["residuals"]), metadata={})
+    thresholds = {"threshold": detector.threshold, "map_threshold": detector.map_threshold}
+    files.write_json(folder / files.THRESHOLD, thresholds)
     return folder
 
 
@@ -310,7 +323,13 @@ def cut(path):
         (lambda folder: (folder / "threshold.json").write_text("{"), r"threshold\.json: cannot be read as JSON"),
         *(
             (lambda folder, text=text: (folder / "threshold.json").write_text(text), r"threshold\.json")
-            for text in ("{}", "[]", '{"threshold": null}', '{"threshold": 1.5}', '{"threshold": 1.5, "levels": [0.0]}')
+            for text in (
+                "{}",
+                "[]",
+                '{"threshold": null}',
+                '{"threshold": 1.5}',
+                '{"threshold": 1.5, "map_threshold": NaN}',
+            )
         ),
     ],
 )
@@ -323,22 +342,50 @@ def test_load_names_the_damaged_file(tmp_path, detector, damage, message):
     assert set(folder.rglob("*")) == contents
 
 
-def test_balanced_stages_average_each_stage_in_its_own_units(detector):
-    # By the definition: the mean over stages of the norm over the stage's channels, divided by the stage's level.
-    balanced = build_network(replace(CONFIG, scoring=replace(CONFIG.scoring, balance_stages=True, smoothing=0.0)))
-    widths = balanced.features.widths
-    assert balanced.groups == widths and len(widths) > 1 and detector.network.groups == (sum(widths),)
-    levels = np.arange(1, len(widths) + 1, dtype=np.float32)
-    features = np.random.default_rng(5).normal(size=(2, balanced.features.grid, balanced.features.grid, sum(widths)))
-    features = features.astype(np.float32)
-    parameters = detector.parameters | {"levels": levels}
-    reconstruction = balanced.reconstructor.apply({"params": parameters["reconstructor"]}, features)
-    squares = np.square(np.asarray(features - reconstruction, np.float64))
-    edges = np.cumsum((0, *widths))
-    stages = [np.sqrt(squares[..., a:b].sum(-1)) for a, b in itertools.pairwise(edges)]
-    expected = sum(stage / level for stage, level in zip(stages, levels, strict=True)) / len(widths)
-    _, maps = detect_features(balanced, parameters, features)
+@pytest.fixture(scope="module")
+def whitened(detector):
+    """A detector whose scores are in units of what is usual, with any statistics at all."""
+    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), mean_residual=True, smoothing=0.0)
+    network = build_network(replace(CONFIG, scoring=scores))
+    rng, usual = np.random.default_rng(5), {}
+    names = {"stage_2": network.features.widths[0], "stage_3": network.features.widths[1]}
+    for name, width in (names | {"image": sum(network.features.widths)}).items():
+        usual[name] = {
+            "mean": rng.normal(size=width).astype(np.float32),
+            "matrix": rng.normal(size=(width, width)).astype(np.float32),
+        }
+    return Detector(network, detector.parameters | {"residuals": usual})
+
+
+def test_whitened_scores_by_their_definition(whitened):
+    network, usual = whitened.network, whitened.parameters["residuals"]
+    grid, (first, second) = network.features.grid, network.features.widths
+    features = np.random.default_rng(6).normal(size=(2, grid, grid, first + second)).astype(np.float32)
+    reconstruction = network.reconstructor.apply({"params": whitened.parameters["reconstructor"]}, features)
+    residuals = np.asarray(features, np.float64) - np.asarray(reconstruction, np.float64)
+
+    def distance(values, name):
+        return np.sqrt(np.mean(((values - usual[name]["mean"]) @ np.float64(usual[name]["matrix"])) ** 2, axis=-1))
+
+    stages = distance(residuals[..., :first], "stage_2") ** 0.8 * distance(residuals[..., first:], "stage_3") ** 0.2
+    scores, maps = detect_features(network, whitened.parameters, features)
     # Upsampling with aligned corners keeps the corners of the grid.
-    np.testing.assert_allclose(
-        maps[:, :: SIZE - 1, :: SIZE - 1], expected[:, :: expected.shape[1] - 1, :: expected.shape[2] - 1], rtol=1e-4
-    )
+    np.testing.assert_allclose(maps[:, :: SIZE - 1, :: SIZE - 1], stages[:, :: grid - 1, :: grid - 1], rtol=1e-4)
+    expected = peaks(network, maps) * distance(residuals.mean((1, 2)), "image")
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_load_of_whitened_scores(tmp_path, whitened):
+    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), mean_residual=True, smoothing=0.0)
+    folder = write_run(tmp_path / "run", whitened, replace(CONFIG, scoring=scores))
+    assert_same_detector(load(folder), whitened)
+    cut(folder / "residuals.safetensors")
+    with pytest.raises(InputError, match=r"residuals\.safetensors"):
+        load(folder)
+
+
+def test_load_without_word_of_the_weights(tmp_path, detector):
+    folder = write_run(tmp_path / "run", detector)
+    files.write_config(folder, CONFIG)
+    with pytest.raises(InputError, match=r"config\.json: expected an object `backbone`"):
+        load(folder)

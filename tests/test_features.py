@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pushpull_jax.backbones import Backbone
 from pushpull_jax.features import FeatureSpec, Standardisation, extract, extract_all, fit_standardisation, raw, to_grid
 from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.scoring import upsample
-from pushpull_jax.weights import Backbone
 
 TRACES = []
 

@@ -19,7 +19,7 @@ from pushpull_jax import training as train_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
-from pushpull_jax.detector import build_network, group_maps, initial_state
+from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.features import Standardisation, extract
 from pushpull_jax.prediction import find_images, predict
@@ -42,7 +42,7 @@ def config(root) -> Config:
         features=Features(stages=(2, 3), grid=8, standardise=True),
         reconstructor=Reconstructor(width=16, heads=2, hidden=16, encoder_layers=1, decoder_layers=1, fold=2),
         training=Training(steps=10, batch_size=4, learning_rate=1e-3, jitter=0.1),
-        scoring=Scoring(held_out=0.25, smoothing=2.0, balance_stages=True),
+        scoring=Scoring(held_out=0.25, smoothing=2.0, map="whitened", map_weights=(1.0, 0.5), mean_residual=True),
         log=Log(every=2),
         checkpoint=Checkpoint(every=4),
     )
@@ -90,8 +90,8 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 def test_run_folder_holds_the_files_of_the_design(run):
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "backbone.safetensors", "checkpoints", "metrics.jsonl", "threshold.json",
-        "metrics.json", "predictions.csv", "report.html",
+        "config.json", "backbone.safetensors", "residuals.safetensors", "checkpoints", "metrics.jsonl",
+        "threshold.json", "metrics.json", "predictions.csv", "report.html",
     }  # fmt: skip
 
 
@@ -120,16 +120,25 @@ def test_threshold_is_the_conformal_quantile_of_held_out_scores(run):
     assert "25.0%" in threshold["note"]
 
 
-def test_levels_are_the_mean_scores_of_the_stages_on_training_images(run, config, root):
-    threshold = json.loads((run / "threshold.json").read_text())
+def test_residuals_are_those_of_the_training_images(run, config, root):
     held = json.loads((run / "config.json").read_text())["data"]["held_out"]
     keys = sorted(p.relative_to(root).as_posix() for p in (root / "flange/train/good").iterdir())
     images = np.stack([pixels(root / key) for key in keys if key not in held]).astype(np.float32)
     detector = pushpull_jax.load(run)
     features = extract(detector.network.features, detector.parameters["backbone"], images)
     features = Standardisation(**detector.parameters["standardisation"])(features)
-    maps = group_maps(detector.network, detector.parameters, features)
-    np.testing.assert_allclose(threshold["levels"], maps.mean((0, 2, 3)), rtol=1e-4)
+    trained = {"params": detector.parameters["reconstructor"]}
+    residuals = np.asarray(features - detector.network.reconstructor.apply(trained, features), np.float64)
+    stages = np.split(residuals, np.cumsum(detector.network.features.widths)[:-1], axis=-1)
+    for stage, part in zip((2, 3), stages, strict=True):
+        flat = part.reshape(-1, part.shape[-1])
+        usual = detector.parameters["residuals"][f"stage_{stage}"]
+        np.testing.assert_allclose(usual["mean"], flat.mean(0), atol=1e-4)
+        # What is whitened has the covariance C / (1 + ridge), but for the ridge in all directions: C of them sum to C.
+        whitened = (flat - flat.mean(0)) @ np.float64(usual["matrix"])
+        assert 0.5 < np.mean(whitened**2) <= 1.0
+    means = residuals.mean((1, 2))
+    np.testing.assert_allclose(detector.parameters["residuals"]["image"]["mean"], means.mean(0), atol=1e-4)
 
 
 def test_threshold_scores_are_those_of_the_detector(run, root):

@@ -74,6 +74,7 @@ def report(**changes):
         metrics=dict.fromkeys(("image_auroc", "image_ap", "image_f1max"), 0.9876)
         | dict(pixel_auroc=1.0, pixel_ap=0.5, pixel_f1max=0.25, aupro=0.81249),
         threshold=2.0,
+        map_threshold=2.0,
         false_positive_rate=0.05,
         threshold_note="Of 20 held-out images.",
         labels=LABELS,
@@ -256,6 +257,7 @@ def test_history_may_have_gaps(tmp_path):
         (dict(labels=[2] * 9), "labels must be 0 or 1"),
         (dict(scores=[math.nan] * 9), "scores finite"),
         (dict(threshold=math.inf), "threshold must be finite and above 0, got inf"),
+        (dict(map_threshold=0.0), "map_threshold must be finite and above 0, got 0.0"),
         (dict(metrics={"auroc": 1.0}), r"unknown \['auroc'\]"),
     ],
 )

@@ -22,7 +22,7 @@ LAYERS = (
     "conversion.tensors", "models.reconstructor", "models.convolutional", "models.nearest", "models.efficientnet",
     "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",
     "confetti_noise",
-    "batching", "calibration", "metrics", "scoring", "losses", "shapes", "workdir", "config", "errors",
+    "batching", "calibration", "metrics", "whitening", "scoring", "losses", "shapes", "workdir", "config", "errors",
 )  # fmt: skip
 
 

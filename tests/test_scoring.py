@@ -7,7 +7,7 @@ import pytest
 from jax import export
 from scipy.ndimage import gaussian_filter
 
-from pushpull_jax.scoring import group_score_maps, image_score, interpolation_matrix, score_map, smooth, upsample
+from pushpull_jax.scoring import image_score, interpolation_matrix, score_map, smooth, upsample
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "int32"]
 
@@ -310,16 +310,3 @@ def test_exports_with_a_symbolic_batch():
 def test_maps_need_two_axes(function):
     with pytest.raises(ValueError, match=r"got maps \[4\]"):
         function(jnp.zeros(4))
-
-
-def test_group_score_maps_are_the_score_maps_of_the_groups():
-    features, reconstruction = random_maps(16, (2, 4, 5, 6)), random_maps(17, (2, 4, 5, 6))
-    maps = group_score_maps(features, reconstruction, widths=(1, 3, 2))
-    assert maps.shape == (2, 3, 4, 5)
-    for group, (a, b) in enumerate(((0, 1), (1, 4), (4, 6))):
-        np.testing.assert_array_equal(maps[:, group], score_map(features[..., a:b], reconstruction[..., a:b]))
-    np.testing.assert_array_equal(
-        group_score_maps(features, reconstruction, widths=(6,))[:, 0], score_map(features, reconstruction)
-    )
-    with pytest.raises(ValueError, match="widths that sum to the 6 channels"):
-        group_score_maps(features, reconstruction, widths=(1, 3))

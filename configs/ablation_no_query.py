@@ -1,0 +1,14 @@
+"""The paper's ablation "without the auxiliary query", everything else as in configs/adtr.py.
+
+    pushpull train ablation_no_query --data.root MVTEC_AD --data.category CATEGORY --workdir runs/CATEGORY_no_query
+
+Data: MVTec-AD. Paper: 94.2 pixel AUROC (mean of 15 categories), against 97.2 of the full method.
+Verified here: a few steps in the test suite.
+"""
+
+from dataclasses import replace
+
+from pushpull_jax.config import load_config
+
+adtr = load_config("adtr")
+config = replace(adtr, reconstructor=replace(adtr.reconstructor, query=False))
