@@ -27,7 +27,7 @@ commands:
   predict DIR IMAGES... --output OUT               score images: a table and heat maps
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
-CONFIG is a Python file or the name of a shipped config (demo, quick, adtr).
+CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adtr, ... (a misspelt one lists them all).
 `pushpull COMMAND --help` tells more."""
 
 

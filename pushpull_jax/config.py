@@ -161,9 +161,10 @@ class Scoring:
     stage's residual, whitened by what is usual on the normal training images."""
     map_weights: tuple[float, ...] = ()
     """Exponent of each stage in the whitened map; empty: all the same."""
-    mean_residual: bool = False
-    """The score of an image as the map's times the Mahalanobis norm of its mean residual, which tells of what is
-    missing or in another place; otherwise the paper's, the map's alone."""
+    blocks: tuple[int, ...] = ()
+    """Factors of an image's score besides the map's peak: for each number n the largest Mahalanobis norm of the mean
+    residual of one of n x n parts of the image, which tells of what is missing or in another place. 1 is the whole
+    image; empty: the paper's score, the map's peak alone."""
     smoothing: float = 0.0
     """Deviation in pixels, for an image of 256, of the Gaussian over the upsampled map; scaled with the image."""
     window: int = 16
@@ -333,6 +334,11 @@ def check(config: Config, *, source: str) -> None:
             "scoring.map_weights",
             _are_map_weights(config),
             "one weight of 0 or more a stage, not all 0, with map whitened",
+        ),
+        (
+            "scoring.blocks",
+            all(b > 0 and _divides(b, config.features.grid) for b in config.scoring.blocks),
+            "divisors of the grid",
         ),
         ("scoring.smoothing", 0 <= config.scoring.smoothing, "0 or more"),
         ("scoring.window", config.scoring.window <= 256, "at most 256, the whole image"),

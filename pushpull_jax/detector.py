@@ -30,7 +30,7 @@ from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.models.reconstructor import Reconstructor
 from pushpull_jax.steps import State, init_state, make_optimizer
 from pushpull_jax.weights import described, load_parameters
-from pushpull_jax.whitening import Whitening, mean_residual_distance, whitened_score_map
+from pushpull_jax.whitening import Whitening, largest_block_distance, whitened_score_map
 
 # Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
 REFERENCE_SIZE = 256
@@ -48,7 +48,7 @@ class Network:
         image_size: S.
         resize: how an image is brought to S.
         map_weights: exponents of the stages in the whitened score map; empty for the paper's, the norm.
-        mean_residual: whether the score of an image is multiplied by the distance of its mean residual.
+        blocks: parts of the image a side, for each factor of its score besides the peak of the map.
         smoothing: deviation of the Gaussian over the map, in pixels of an image of 256.
         window: side of the window of the image score, in pixels of an image of 256.
     """
@@ -58,7 +58,7 @@ class Network:
     image_size: int
     resize: Resize
     map_weights: tuple[float, ...]
-    mean_residual: bool
+    blocks: tuple[int, ...]
     smoothing: float
     window: int
 
@@ -84,13 +84,14 @@ def detect_features(network: Network, parameters: dict[str, Any], features: jax.
         maps = scoring.score_map(features, reconstruction)
     maps = scoring.smooth(scoring.upsample(maps, network.image_size), sigma=network.smoothing * network.scale)
     scores = peaks(network, maps)
-    if network.mean_residual:
-        scores = scores * mean_residual_distance(features, reconstruction, Whitening(**usual["image"]))
+    for blocks in network.blocks:
+        whitening = Whitening(**usual[f"blocks_{blocks}"])
+        scores = scores * largest_block_distance(features, reconstruction, whitening, blocks=blocks)
     return scores, maps
 
 
 def peaks(network: Network, maps: jax.Array) -> jax.Array:
-    """The largest mean of a window over maps [B,S,S]: [B], the score of an image but for its mean residual."""
+    """The largest mean of a window over maps [B,S,S]: [B], the score of an image but for its blocks."""
     return scoring.image_score(maps, window=max(1, round(network.window * network.scale)))
 
 
@@ -190,7 +191,7 @@ def build_network(
         image_size=config.data.image_size,
         resize=config.data.resize,
         map_weights=_map_weights(config),
-        mean_residual=scores.mean_residual,
+        blocks=scores.blocks,
         smoothing=scores.smoothing,
         window=scores.window,
     )
@@ -279,8 +280,7 @@ def _load_residuals(folder: Path, network: Network) -> dict[str, Any]:
     """What is usual of the residuals, as `fit.with_residuals` found it; nothing where the network does not ask."""
     widths = dict(zip(network.features.stages, network.features.widths, strict=True))
     asked = {f"stage_{stage}": width for stage, width in widths.items()} if network.map_weights else {}
-    if network.mean_residual:
-        asked["image"] = sum(network.features.widths)
+    asked |= {f"blocks_{blocks}": sum(network.features.widths) for blocks in network.blocks}
     if not asked:
         return {}
     like = {

@@ -213,10 +213,19 @@ def _case(scored: Scored, i: int, config: Config) -> report.Case:
 def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     """Where the numbers come from."""
     data = run["data"]
-    return {
+    anomalies = {"labelled": len(data["labelled"]), "confetti": data["confetti"], "irrelevant": data["irrelevant"]}
+    shown = ", ".join(f"{count} {name}" for name, count in anomalies.items() if count) or "none"
+    parts = result.get("categories", {})
+    by_category = {
+        f"{name} by category": ", ".join(f"{category} {100 * part[name]:.1f}" for category, part in parts.items())
+        for name in ("image_auroc", "pixel_auroc", "aupro")
+        if parts
+    }
+    return by_category | {
         "command": " ".join(run["command"]) or "called from Python",
         "data fingerprint": data["fingerprint"],
         "images": f"{data['train']} to train, {len(data['held_out'])} held out, {result['images']} to test",
+        "anomalies trained on": shown,
         "resolution of pixel metrics": f"{result['resolution']} px; masks {result['mask_rule']}",
         "false-positive rate limit of AU-PRO": str(result["fpr_limit"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),

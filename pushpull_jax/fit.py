@@ -35,7 +35,7 @@ from pushpull_jax.steps import (
     mixed_batch_indices,
     training_apply,
 )
-from pushpull_jax.whitening import RIDGE, RIDGE_OF_IMAGES, Moments, fit_whitening, moments
+from pushpull_jax.whitening import Moments, block_means, fit_whitening, moments
 
 
 class Program(NamedTuple):
@@ -43,7 +43,7 @@ class Program(NamedTuple):
 
     network: Network
     chunk: Callable
-    residuals: Callable  # (parameters, features [B,h,w,C]) -> means [B,C], and the moments of each stage
+    residuals: Callable  # (parameters, features [B,h,w,C]) -> moments of each image's residuals, by what asks for them
     scores: Callable  # (parameters, features) -> scores [B] and peaks of the maps [B]
     learning_rate: optax.Schedule
 
@@ -57,8 +57,13 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):
         rest = features - network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
-        parts = jnp.split(rest, np.cumsum(network.features.widths)[:-1].tolist(), axis=-1)
-        return rest.mean((1, 2)), [moments(part) for part in parts]
+        usual = {f"blocks_{blocks}": moments(block_means(rest, blocks)) for blocks in network.blocks}
+        if network.map_weights:
+            parts = jnp.split(rest, np.cumsum(network.features.widths)[:-1].tolist(), axis=-1)
+            usual |= {
+                f"stage_{stage}": moments(part) for stage, part in zip(network.features.stages, parts, strict=True)
+            }
+        return usual
 
     @jax.jit
     def scores(parameters: dict[str, Any], features: jax.Array):
@@ -154,28 +159,17 @@ def cross_fit(
 
 
 def with_residuals(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Any]:
-    """The parameters with "residuals": what is usual of them on normal training features, as far as the network asks.
-
-    In one pass: the moments of every stage over all cells, and those of the images' means.
-    """
-    network, usual = program.network, {}
-    if network.map_weights or network.mean_residual:
-        means, sums = [], None
-        for start in range(0, len(features), BATCH_SIZE):
-            batch = features[start : start + BATCH_SIZE]
-            mean, parts = padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
-            added = jax.tree.map(lambda leaf: leaf.sum(0, dtype=np.float64), parts)
-            sums = added if sums is None else jax.tree.map(np.add, sums, added)
-            means.append(mean)
-        cells = len(features) * network.features.grid**2
-        if network.map_weights:
-            for stage, (total, outer) in zip(network.features.stages, sums, strict=True):
-                usual[f"stage_{stage}"] = fit_whitening(Moments(cells, total, outer), ridge=RIDGE)._asdict()
-        if network.mean_residual:
-            means = np.concatenate(means).astype(np.float64)
-            of_images = Moments(len(means), means.sum(0), means.T @ means)
-            usual["image"] = fit_whitening(of_images, ridge=RIDGE_OF_IMAGES)._asdict()
-    return parameters | {"residuals": usual}
+    """The parameters with "residuals": what is usual of them on normal features, as far as the network asks."""
+    if not (program.network.map_weights or program.network.blocks):
+        return parameters | {"residuals": {}}
+    sums: dict[str, Moments] = {}
+    for start in range(0, len(features), BATCH_SIZE):
+        batch = features[start : start + BATCH_SIZE]
+        added = padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
+        for name, (count, total, outer) in added.items():
+            of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in (count, total, outer)))
+            sums[name] = of_batch if name not in sums else Moments(*map(np.add, sums[name], of_batch))
+    return parameters | {"residuals": {name: fit_whitening(of)._asdict() for name, of in sums.items()}}
 
 
 def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:

@@ -14,11 +14,9 @@ from jax.typing import ArrayLike
 
 from pushpull_jax.shapes import check_shapes
 
-# Added to the covariance, as a share of each channel's own variance: ours. The figures don't depend on it from 0.001 to
-# 0.1 (docs/experiments.md); it bounds how far rounding, or too few samples, can blow up a direction.
-RIDGE = 0.01
-# The same for statistics of whole images, of which there are few, fewer than channels as a rule: ours, chosen likewise.
-RIDGE_OF_IMAGES = 0.03
+# Added to the covariance, as a share of each channel's own variance: ours. The figures hardly depend on it from 0.003
+# to 0.1 (docs/experiments.md); it bounds how far rounding, or fewer samples than channels, can blow up a direction.
+RIDGE = 0.03
 
 
 class Whitening(NamedTuple):
@@ -41,22 +39,22 @@ class Whitening(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Count, sum [C] and sum of outer products [C,C] of residuals; they add up over batches."""
+    """Count, sum [C] and sum of outer products [C,C] of residuals; they add up over images."""
 
-    count: float
-    total: np.ndarray
-    outer: np.ndarray
+    count: jax.Array
+    total: jax.Array
+    outer: jax.Array
 
 
-def moments(residuals: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Sum [*B,C] and sum of outer products [*B,C,C] over the cells of residuals [*B,h,w,C], float32."""
-    check_shapes("*B h w C", residuals=residuals)
+def moments(residuals: ArrayLike) -> Moments:
+    """Moments of each image over the cells of its residuals, [*B,h,w,C] -> [*B], [*B,C] and [*B,C,C] float32."""
+    size = check_shapes("*B h w C", residuals=residuals)
     residuals = jnp.asarray(residuals, jnp.float32)
     outer = jnp.einsum("...hwc,...hwd->...cd", residuals, residuals, precision=jax.lax.Precision.HIGHEST)
-    return residuals.sum((-3, -2)), outer
+    return Moments(jnp.full(size["*B"], size["h"] * size["w"], jnp.float32), residuals.sum((-3, -2)), outer)
 
 
-def fit_whitening(sums: Moments, *, ridge: float) -> Whitening:
+def fit_whitening(sums: Moments, *, ridge: float = RIDGE) -> Whitening:
     """The whitening of residuals with these moments.
 
     The covariance S becomes S + ridge diag(S), which is the same whatever the units of a channel; the matrix is an
@@ -127,11 +125,32 @@ def whitened_score_map(
     return jnp.exp(log)
 
 
-def mean_residual_distance(features: ArrayLike, reconstruction: ArrayLike, whitening: Whitening) -> jax.Array:
-    """Distance of the residual's mean over the image, [*B,h,w,C] x2 -> [*B] float32.
+def block_means(residuals: ArrayLike, blocks: int) -> jax.Array:
+    """Means over blocks x blocks equal parts of the grid, [*B,h,w,C] -> [*B,blocks,blocks,C] float32."""
+    size = check_shapes("*B h w C", residuals=residuals)
+    if size["h"] % blocks or size["w"] % blocks:
+        raise ValueError(f"expected a number of blocks that divides a grid of {size['h']}x{size['w']}, got {blocks}")
+    shape = (blocks, size["h"] // blocks, blocks, size["w"] // blocks, size["C"])
+    return jnp.asarray(residuals, jnp.float32).reshape(*size["*B"], *shape).mean((-4, -2))
 
-    What is missing or in another place shifts the mean of the whole image a little; no window of the map sees it.
+
+def largest_block_distance(
+    features: ArrayLike, reconstruction: ArrayLike, whitening: Whitening, *, blocks: int
+) -> jax.Array:
+    """Largest distance of the residual's mean over one of blocks x blocks parts of the image, all channels together.
+
+    What is missing or in another place shifts the mean of a large part a little, in a direction that is not usual; no
+    cell of the map sees it.
+
+    Args:
+        features: [*B,h,w,C], extracted.
+        reconstruction: [*B,h,w,C], reconstructed.
+        whitening: of such means.
+        blocks: parts a side; 1 is the whole image.
+
+    Returns:
+        [*B] float32.
     """
     check_shapes("*B h w C", features=features, reconstruction=reconstruction)
     residuals = jnp.asarray(features, jnp.float32) - jnp.asarray(reconstruction, jnp.float32)
-    return whitening.distance(residuals.mean((-3, -2)))
+    return whitening.distance(block_means(residuals, blocks)).max((-2, -1))

@@ -32,8 +32,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sci
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a part beside it first, then renamed."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -240,6 +240,8 @@ def test_an_int_is_a_float():
         ("training.weight_decay", [0.0], [-1e-9]),
         ("training.clip_norm", [1e-3], [0.0]),
         ("scoring.smoothing", [0.0], [-0.5]),
+        ("scoring.blocks", [(), (1,), (2, 8)], [(3,), (0,), (1, 16)]),
+        ("scoring.map_weights", [()], [(1.0, 1.0)]),  # the map is not whitened
         ("scoring.window", [1, 256], [0, 257]),
         ("scoring.false_positive_rate", [0.001, 0.999], [0.0, 1.0, -0.1]),
         ("scoring.held_out", [0.001, 0.999], [0.0, 1.0]),
@@ -278,6 +280,11 @@ def test_ranges_that_join_two_fields():
     check(changed("training.steps", 0, changed("reconstructor.kind", "nearest")), source="here")
     with pytest.raises(InputError, match=r"scoring\.folds must be 0, for the run it starts from saw them all, got 2"):
         check(changed("scoring.folds", 2, changed("training.start", "run")), source="here")
+    whitened = changed("scoring.map", "whitened")
+    check(changed("scoring.map_weights", (1.0, 0.0), whitened), source="here")
+    for weights in ((1.0,), (0.0, 0.0), (1.0, -1.0)):
+        with pytest.raises(InputError, match=r"scoring\.map_weights must be one weight of 0 or more a stage"):
+            check(changed("scoring.map_weights", weights, whitened), source="here")
     odd = Reconstructor(width=63, heads=7)
     with pytest.raises(InputError, match=r"reconstructor\.width must be even, where positions are factorised, got 63"):
         check(replace(OTHER, reconstructor=odd), source="here")

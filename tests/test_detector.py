@@ -345,11 +345,12 @@ def test_load_names_the_damaged_file(tmp_path, detector, damage, message):
 @pytest.fixture(scope="module")
 def whitened(detector):
     """A detector whose scores are in units of what is usual, with any statistics at all."""
-    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), mean_residual=True, smoothing=0.0)
+    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), blocks=(1, 4), smoothing=0.0)
     network = build_network(replace(CONFIG, scoring=scores))
     rng, usual = np.random.default_rng(5), {}
     names = {"stage_2": network.features.widths[0], "stage_3": network.features.widths[1]}
-    for name, width in (names | {"image": sum(network.features.widths)}).items():
+    joint = dict.fromkeys(("blocks_1", "blocks_4"), sum(network.features.widths))
+    for name, width in (names | joint).items():
         usual[name] = {
             "mean": rng.normal(size=width).astype(np.float32),
             "matrix": rng.normal(size=(width, width)).astype(np.float32),
@@ -371,12 +372,14 @@ def test_whitened_scores_by_their_definition(whitened):
     scores, maps = detect_features(network, whitened.parameters, features)
     # Upsampling with aligned corners keeps the corners of the grid.
     np.testing.assert_allclose(maps[:, :: SIZE - 1, :: SIZE - 1], stages[:, :: grid - 1, :: grid - 1], rtol=1e-4)
-    expected = peaks(network, maps) * distance(residuals.mean((1, 2)), "image")
+    parts = residuals.reshape(2, 4, grid // 4, 4, grid // 4, -1).mean((2, 4))
+    expected = peaks(network, maps) * distance(residuals.mean((1, 2)), "blocks_1")
+    expected = expected * distance(parts, "blocks_4").max((1, 2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
 
 
 def test_load_of_whitened_scores(tmp_path, whitened):
-    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), mean_residual=True, smoothing=0.0)
+    scores = replace(CONFIG.scoring, map="whitened", map_weights=(1.0, 0.25), blocks=(1, 4), smoothing=0.0)
     folder = write_run(tmp_path / "run", whitened, replace(CONFIG, scoring=scores))
     assert_same_detector(load(folder), whitened)
     cut(folder / "residuals.safetensors")

@@ -42,7 +42,7 @@ def config(root) -> Config:
         features=Features(stages=(2, 3), grid=8, standardise=True),
         reconstructor=Reconstructor(width=16, heads=2, hidden=16, encoder_layers=1, decoder_layers=1, fold=2),
         training=Training(steps=10, batch_size=4, learning_rate=1e-3, jitter=0.1),
-        scoring=Scoring(held_out=0.25, smoothing=2.0, map="whitened", map_weights=(1.0, 0.5), mean_residual=True),
+        scoring=Scoring(held_out=0.25, smoothing=2.0, map="whitened", map_weights=(1.0, 0.5), blocks=(1,)),
         log=Log(every=2),
         checkpoint=Checkpoint(every=4),
     )
@@ -137,8 +137,8 @@ def test_residuals_are_those_of_the_training_images(run, config, root):
         # What is whitened has the covariance C / (1 + ridge), but for the ridge in all directions: C of them sum to C.
         whitened = (flat - flat.mean(0)) @ np.float64(usual["matrix"])
         assert 0.5 < np.mean(whitened**2) <= 1.0
-    means = residuals.mean((1, 2))
-    np.testing.assert_allclose(detector.parameters["residuals"]["image"]["mean"], means.mean(0), atol=1e-4)
+    of_images = detector.parameters["residuals"]["blocks_1"]
+    np.testing.assert_allclose(of_images["mean"], residuals.mean((0, 1, 2)), atol=1e-4)
 
 
 def test_threshold_scores_are_those_of_the_detector(run, root):

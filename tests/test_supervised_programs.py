@@ -57,7 +57,7 @@ def normal_only(root) -> Config:
         reconstructor=Reconstructor(width=16, heads=2, hidden=16, encoder_layers=1, decoder_layers=1, fold=2),
         training=Training(steps=4, batch_size=6, learning_rate=1e-3),
         supervision=Supervision(shots=4, labels=("unused",)),
-        scoring=Scoring(held_out=0.2, map="whitened", mean_residual=True),
+        scoring=Scoring(held_out=0.2, map="whitened", blocks=(1, 4)),
         log=Log(every=2),
         checkpoint=Checkpoint(every=2),
     )

@@ -8,8 +8,9 @@ import pytest
 from pushpull_jax.whitening import (
     Moments,
     Whitening,
+    block_means,
     fit_whitening,
-    mean_residual_distance,
+    largest_block_distance,
     moments,
     whitened_score_map,
 )
@@ -90,7 +91,8 @@ def test_no_error_at_all():
 
 def test_moments_add_up_over_cells():
     residuals = correlated(8, (2, 3, 4, 5))
-    total, outer = moments(residuals)
+    count, total, outer = moments(residuals)
+    np.testing.assert_array_equal(count, [12, 12])
     flat = residuals.reshape(2, 12, 5).astype(np.float64)
     np.testing.assert_allclose(total, flat.sum(1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(outer, np.einsum("bnc,bnd->bcd", flat, flat), rtol=1e-4, atol=1e-4)
@@ -132,15 +134,21 @@ def test_a_perfect_reconstruction_scores_nothing():
     assert np.isfinite(came).all() and (np.asarray(came) < 1e-30).all()
 
 
-def test_mean_residual_is_of_the_whole_image():
-    features, reconstruction = correlated(13, (2, 3, 4, 5)), correlated(14, (2, 3, 4, 5))
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_largest_block_by_its_definition(blocks):
+    features, reconstruction = correlated(13, (2, 4, 8, 5)), correlated(14, (2, 4, 8, 5))
     train = correlated(15, (60, 5))
-    whitening = fit_whitening(sums_of(train), ridge=0.03)
-    means = (features.astype(np.float64) - reconstruction).mean((1, 2))
-    came = mean_residual_distance(features, reconstruction, whitening)
-    np.testing.assert_allclose(came, oracle_distance(means, train, 0.03), rtol=1e-4)
-    shuffled = np.random.default_rng(0).permutation(features.reshape(2, 12, 5), axis=1).reshape(features.shape)
-    np.testing.assert_allclose(mean_residual_distance(shuffled, reconstruction, whitening), came, rtol=1e-3)
+    residuals, distances = features.astype(np.float64) - reconstruction, []
+    for rows in np.split(residuals, blocks, axis=1):
+        for part in np.split(rows, blocks, axis=2):
+            distances.append(oracle_distance(part.mean((1, 2)), train, 0.03))
+    came = largest_block_distance(features, reconstruction, fit_whitening(sums_of(train)), blocks=blocks)
+    np.testing.assert_allclose(came, np.max(distances, axis=0), rtol=1e-4)
+
+
+def test_blocks_must_divide_the_grid():
+    with pytest.raises(ValueError, match="divides a grid of 4x6, got 4"):
+        block_means(np.zeros((4, 6, 2), np.float32), 4)
 
 
 def test_under_jit_and_vmap():
@@ -148,7 +156,7 @@ def test_under_jit_and_vmap():
     whitening = fit_whitening(sums_of(correlated(18, (40, 4))), ridge=0.01)
 
     def both(a, b, whitening):
-        return whitened_score_map(a, b, (whitening,), weights=(1.0,)), mean_residual_distance(a, b, whitening)
+        return whitened_score_map(a, b, (whitening,), weights=(1.0,)), largest_block_distance(a, b, whitening, blocks=2)
 
     plain = both(features, reconstruction, whitening)
     mapped = jax.jit(jax.vmap(both, (0, 0, None)))(features, reconstruction, jax.tree.map(jnp.asarray, whitening))
