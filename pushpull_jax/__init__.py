@@ -14,6 +14,7 @@ _HOME = {
     "pixel_push_pull_loss": "losses",
     "top_k_score": "losses",
     "image_push_pull_loss": "losses",
+    "push_pull_loss": "losses",
     "reconstruction_loss": "losses",
     "confetti": "confetti_noise",
     "score_map": "scoring",

@@ -83,9 +83,10 @@ def read_run(config: Config) -> RunRecords:
         # A folder of prepared data holds CIFAR-100 too; any other root holds nothing of it.
         prepared = "" if config.data.source in ("mvtec_ad", "classes") else config.data.root
         irrelevant = read_irrelevant(supervision.irrelevant, count=count, seed=config.seed, root=prepared)
+    labelled = deal_labels((*(given if is_push_pull else ()), *drawn.shots), supervision.labels)
     return RunRecords(
         normal=normal,
-        labelled=deal_labels((*(given if is_push_pull else ()), *drawn.shots), supervision.labels),
+        labelled=labelled,
         irrelevant=irrelevant,
         test=drawn.test,
         out_of_test=tuple(sorted(record.key for record in (*drawn.shots, *drawn.withheld))),
@@ -144,6 +145,10 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
         sources.append(_examples(features, mask=None, label=1, kind=IMAGE_LABEL))
     for key, reason in dropped.items():
         _say(f"left out {key}: {reason}")
+    if unlabelled := sum(label == "unlabelled" for _, label in records.labelled):
+        _say(
+            f"{unlabelled} unlabelled images are trained on as normal ones: what is wrong with them is learned as right"
+        )
     examples = {name: np.concatenate([source[name] for source in sources]) for name in sources[0]}
     examples["features"] = np.asarray(standardisation(examples["features"]))
     return TrainingData(
