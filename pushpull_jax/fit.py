@@ -172,18 +172,6 @@ def with_residuals(program: Program, parameters: dict[str, Any], features: np.nd
     return parameters | {"residuals": {name: fit_whitening(of)._asdict() for name, of in sums.items()}}
 
 
-def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
-    """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
-    edges = np.cumsum(network.features.widths)[:-1].tolist()
-
-    @jax.jit
-    def levels(batch: jax.Array) -> jax.Array:
-        residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
-        return jnp.stack([part.mean((1, 2, 3)) for part in jnp.split(residuals, edges, axis=-1)], axis=-1)
-
-    return np.maximum(in_batches(levels, features, size=BATCH_SIZE).mean(0, dtype=np.float64), 1e-6)
-
-
 def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores [N] and peaks of the maps [N], float32, of features."""
     return in_batches(functools.partial(program.scores, parameters), features, size=BATCH_SIZE)

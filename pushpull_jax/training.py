@@ -5,7 +5,6 @@ or on all of them where the threshold is cross-fitted; and on whatever anomalies
 command continues a run that was stopped, to the same numbers.
 """
 
-import functools
 import hashlib
 import os
 import sys
@@ -16,11 +15,9 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pushpull_jax import losses
 from pushpull_jax import workdir as files
 from pushpull_jax.backbones import Backbone
 from pushpull_jax.calibration import conformal_threshold
@@ -28,7 +25,6 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check, flatten
 from pushpull_jax.data.manifest import fingerprint
 from pushpull_jax.detector import (
-    Network,
     build_network,
     initial_state,
     load_frozen,
@@ -38,50 +34,10 @@ from pushpull_jax.detector import (
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import TrainingData, prepare, read_run
-from pushpull_jax.fit import build_program, cross_fit, fit, score_features, stage_levels, with_residuals
-from pushpull_jax.steps import Batch, LossFunction
+from pushpull_jax.fit import build_program, cross_fit, fit, score_features, with_residuals
+from pushpull_jax.objectives import configured_loss
+from pushpull_jax.steps import LossFunction
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
-
-
-def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
-    """Eq. 1, divided by C so that clipping and learning rate do not depend on the backbone."""
-    channels = reconstruction.shape[-1]
-    return losses.reconstruction_loss(batch["features"], reconstruction) / channels
-
-
-def push_pull(
-    batch: Batch, reconstruction: jax.Array, *, k: int, alpha: float, units: Sequence[tuple[int, float]] = ()
-) -> jax.Array:
-    """Eq. 6 to 9, for each example by its kind of label.
-
-    Args:
-        batch: see `train`.
-        reconstruction: [B,h,w,C].
-        k: see `losses.push_pull_loss`.
-        alpha: likewise.
-        units: channels of each stage, in order, and the unit of its residuals: eq. 6 is then computed for each stage
-            by itself, and the losses are averaged; by default once, over all channels.
-
-    Returns:
-        [B] float32.
-    """
-    labels = batch["kind"], batch["label"], batch["mask"]
-    edges = np.cumsum([width for width, _ in units])[:-1].tolist()
-    pairs = zip(jnp.split(batch["features"], edges, -1), jnp.split(reconstruction, edges, -1), strict=True)
-    scales = [unit for _, unit in units] or [1.0]
-    phis = [losses.pseudo_huber_map(a / scale, b / scale) for (a, b), scale in zip(pairs, scales, strict=True)]
-    return jnp.mean(jnp.stack([losses.push_pull_loss(phi, *labels, k=k, alpha=alpha) for phi in phis]), axis=0)
-
-
-def configured_loss(config: Config, network: Network, parameters: Any, normal: np.ndarray) -> LossFunction:
-    """The loss that a config names, where training starts from these parameters of the reconstructor."""
-    if config.training.loss == "squared":
-        return squared
-    units = ()
-    if config.supervision.by_stage:
-        levels = stage_levels(network, parameters, normal).tolist()
-        units = tuple(zip(network.features.widths, levels, strict=True))
-    return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
 
 
 class Start(NamedTuple):
@@ -230,6 +186,10 @@ def _read_start(config: Config, reconstructor: nn.Module | None) -> Start:
     """
     folder = Path(config.training.start)
     there, network = read_network(folder, reconstructor=reconstructor)
+    if not (folder / files.THRESHOLD).is_file():
+        raise InputError(
+            f"training.start {folder}: the run is not finished; the command that started it goes on with it"
+        )
     theirs, ours = flatten(there), flatten(config)
     differing = [name for name in ours if ours[name] != theirs[name] and not name.startswith(_MAY_DIFFER_FROM_START)]
     if differing:

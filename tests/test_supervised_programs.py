@@ -26,8 +26,9 @@ from pushpull_jax.features import Standardisation, extract
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.models.convolutional import ConvolutionalReconstructor
 from pushpull_jax.models.nearest import NearestNeighbour
+from pushpull_jax.objectives import push_pull
 from pushpull_jax.steps import init_state, make_step, training_apply
-from pushpull_jax.training import push_pull, train
+from pushpull_jax.training import train
 from pushpull_jax.weights import load_backbone
 
 SIZE, GRID = 64, 8

@@ -1,0 +1,71 @@
+"""What training minimises: the losses of the paper on a batch and its reconstruction, one value an example.
+
+Any function of that signature can take their place: see `training.train`. The mean over the batch is the step's.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pushpull_jax import losses
+from pushpull_jax.batching import in_batches
+from pushpull_jax.config import Config
+from pushpull_jax.detector import BATCH_SIZE, Network
+from pushpull_jax.steps import Batch, LossFunction
+
+
+def squared(batch: Batch, reconstruction: jax.Array) -> jax.Array:
+    """Eq. 1, divided by C so that clipping and learning rate do not depend on the backbone."""
+    channels = reconstruction.shape[-1]
+    return losses.reconstruction_loss(batch["features"], reconstruction) / channels
+
+
+def push_pull(
+    batch: Batch, reconstruction: jax.Array, *, k: int, alpha: float, units: Sequence[tuple[int, float]] = ()
+) -> jax.Array:
+    """Eq. 6 to 9, for each example by its kind of label.
+
+    Args:
+        batch: see `train`.
+        reconstruction: [B,h,w,C].
+        k: see `losses.push_pull_loss`.
+        alpha: likewise.
+        units: channels of each stage, in order, and the unit of its residuals: eq. 6 is then computed for each stage
+            by itself, and the losses are averaged; by default once, over all channels.
+
+    Returns:
+        [B] float32.
+    """
+    labels = batch["kind"], batch["label"], batch["mask"]
+    edges = np.cumsum([width for width, _ in units])[:-1].tolist()
+    pairs = zip(jnp.split(batch["features"], edges, -1), jnp.split(reconstruction, edges, -1), strict=True)
+    scales = [unit for _, unit in units] or [1.0]
+    phis = [losses.pseudo_huber_map(a / scale, b / scale) for (a, b), scale in zip(pairs, scales, strict=True)]
+    return jnp.mean(jnp.stack([losses.push_pull_loss(phi, *labels, k=k, alpha=alpha) for phi in phis]), axis=0)
+
+
+def configured_loss(config: Config, network: Network, parameters: Any, normal: np.ndarray) -> LossFunction:
+    """The loss that a config names, where training starts from these parameters of the reconstructor."""
+    if config.training.loss == "squared":
+        return squared
+    units = ()
+    if config.supervision.by_stage:
+        levels = stage_levels(network, parameters, normal).tolist()
+        units = tuple(zip(network.features.widths, levels, strict=True))
+    return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
+
+
+def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
+    """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
+    edges = np.cumsum(network.features.widths)[:-1].tolist()
+
+    @jax.jit
+    def levels(batch: jax.Array) -> jax.Array:
+        residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
+        return jnp.stack([part.mean((1, 2, 3)) for part in jnp.split(residuals, edges, axis=-1)], axis=-1)
+
+    return np.maximum(in_batches(levels, features, size=BATCH_SIZE).mean(0, dtype=np.float64), 1e-6)
