@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The architecture, from the command line down: a module imports only from those after it.
 LAYERS = (
-    "cli", "demo", "training", "evaluation", "prediction", "report", "examples", "objectives", "fit", "detector", "checkpoint",
-    "steps", "features", "data.supervision", "data.sources", "data.prepared",
+    "cli", "demo", "training", "evaluation", "prediction", "report", "examples", "objectives", "fit", "detector",
+    "checkpoint", "steps", "features", "data.supervision", "data.sources", "data.prepared",
     "data.tfds_builders", "data.pipeline", "data.images", "data.visa", "data.mvtec_ad", "data.class_folders",
     "data.folders", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "backbones", "conversion.efficientnet", "conversion.resnet", "conversion.vit",

@@ -211,6 +211,14 @@ def test_a_run_with_labels_resumes_to_the_same_numbers(labelled_run, started, tm
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
+def test_a_start_that_is_not_finished_is_refused(normal_run, everything, tmp_path):
+    shutil.copytree(normal_run, tmp_path / "half")
+    (tmp_path / "half/threshold.json").unlink()
+    config = replace(everything, training=replace(everything.training, start=str(tmp_path / "half")))
+    with pytest.raises(InputError, match="not finished"):
+        train(config, tmp_path / "run")
+
+
 def test_a_start_that_learned_from_the_test_images_is_refused(labelled_run, everything, tmp_path):
     without = replace(everything.supervision, shots=0)
     training = replace(everything.training, start=str(labelled_run))
