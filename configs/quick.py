@@ -2,7 +2,8 @@
 
     pushpull train quick --data.root ROOT --data.category CATEGORY --workdir runs/CATEGORY
 
-What differs from the paper, and why, is in docs/experiments.md.
+Data: any in the layout of MVTec-AD. What differs from the paper, and why, is in docs/experiments.md.
+Verified here: bottle, toothbrush and juice_bottle, seeds 0 to 2; the figures are in the README.
 """
 
 from pushpull_jax.config import Config, Features, Reconstructor, Scoring, Training
