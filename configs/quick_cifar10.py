@@ -6,7 +6,8 @@ Data: a folder of classes, or CIFAR-10 by tensorflow-datasets without --data.sou
 images as anomalies by image (eq. 8 and 9), from that run on:
 
     pushpull train quick_cifar10 ... --workdir runs/airplane_plus --training.start runs/airplane \\
-        --training.loss push_pull --training.steps 100 --supervision.irrelevant FOLDER --supervision.normals image --supervision.by_stage
+        --training.loss push_pull --training.steps 100 --supervision.irrelevant FOLDER \\
+        --supervision.normals image --supervision.by_stage
 
 Verified here: docs/experiments.md, one class of a subset.
 """
