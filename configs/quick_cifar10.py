@@ -2,13 +2,7 @@
 
     pushpull train quick_cifar10 --data.source classes --data.root ROOT --data.category airplane --workdir runs/airplane
 
-Data: a folder of classes, or CIFAR-10 by tensorflow-datasets without --data.source and --data.root. With irrelevant
-images as anomalies by image (eq. 8 and 9), from that run on:
-
-    pushpull train quick_cifar10 ... --workdir runs/airplane_plus --training.start runs/airplane \\
-        --training.loss push_pull --training.steps 100 --supervision.irrelevant FOLDER \\
-        --supervision.normals image --supervision.by_stage
-
+Data: a folder of classes, or CIFAR-10 by tensorflow-datasets without --data.source and --data.root.
 Verified here: docs/experiments.md, one class of a subset.
 """
 

@@ -130,7 +130,8 @@ class Supervision:
     """The type of the hard setting; empty: drawn by the seed."""
     labels: tuple[Literal["mask", "image", "unlabelled", "unused"], ...] = ("mask",)
     """What is known of labelled images, dealt out in turn: the mask (eq. 7), the label of the image (eq. 9), nothing
-    (pulled as normal: what is wrong with it is learned as right), or left out of training and test alike."""
+    (pulled as normal, as often as the others: what is wrong with it is learned as right), or left out of training and
+    test alike."""
     confetti_copies: int = 0
     """Copies of each training image with confetti noise, and their masks."""
     irrelevant: str = ""
@@ -209,7 +210,8 @@ class Config:
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: int = 0
-    """Seed of everything random: initial weights, order, dropout, jitter, held-out images."""
+    """Seed of everything random: initial weights, order, dropout, jitter, held-out images, folds, shots, confetti,
+    irrelevant images, stored cells."""
 
 
 # Fields that do not change the numbers: a resumed run may change them.
@@ -303,7 +305,7 @@ def check(config: Config, *, source: str) -> None:
         InputError: names `source`, the field, what was expected and what came.
     """
     _check_types(config, source, "")
-    training = config.training
+    training, is_nearest = config.training, config.reconstructor.kind == "nearest"
     rules = (
         ("data.image_size", 32 <= config.data.image_size, "at least 32"),
         ("features.stages", _are_stages(config.features.stages), "distinct numbers from 1 up, ascending"),
@@ -320,7 +322,31 @@ def check(config: Config, *, source: str) -> None:
             not is_supervised(config) or training.loss == "push_pull",
             "push_pull, to learn from anomalies",
         ),
-        ("training.steps", training.steps > 0 or config.reconstructor.kind == "nearest", "positive"),
+        (
+            "training.steps",
+            (training.steps > 0) != is_nearest,
+            "0 for the nearest neighbour" if is_nearest else "positive",
+        ),
+        (
+            "training.start",
+            not (training.start and is_nearest),
+            "empty for the nearest neighbour, which is not trained",
+        ),
+        (
+            "scoring.folds",
+            not (config.scoring.folds and config.supervision.confetti_copies),
+            "0 with confetti copies, which show every image",
+        ),
+        (
+            "supervision.setting",
+            config.supervision.setting == "general" or config.supervision.shots > 0,
+            "general without shots",
+        ),
+        (
+            "supervision.seen",
+            not config.supervision.seen or config.supervision.setting == "hard",
+            "empty but in the hard setting",
+        ),
         (
             "scoring.folds",
             config.scoring.folds == 0 or not training.start,

@@ -80,9 +80,9 @@ def evaluate(
         "fpr_limit": FPR_LIMIT,
         "left_out": left_out,
     }
-    files.write_json(folder / files.METRICS, result)
     files.write_text(folder / files.PREDICTIONS, _predictions(scored, detector.threshold))
     _write_report(folder, config, run, scored, detector, result)
+    files.write_json(folder / files.METRICS, result)  # last, so that it stands for all three
     return result
 
 

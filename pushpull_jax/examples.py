@@ -5,6 +5,7 @@ with confetti noise, images that have nothing to do with the data. Features are 
 """
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from pushpull_jax.batching import padded
 from pushpull_jax.confetti_noise import confetti
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
-from pushpull_jax.data.manifest import Record, fingerprint, hold_out
+from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed
 from pushpull_jax.data.pipeline import check_readable, image_batches
-from pushpull_jax.data.sources import read_irrelevant, read_records
+from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_records
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
 from pushpull_jax.detector import BATCH_SIZE, Network
 from pushpull_jax.errors import InputError
@@ -81,8 +82,13 @@ def read_run(config: Config) -> RunRecords:
     if supervision.irrelevant:
         count = supervision.irrelevant_count or len(normal)
         # A folder of prepared data holds CIFAR-100 too; any other root holds nothing of it.
-        prepared = "" if config.data.source in ("mvtec_ad", "classes") else config.data.root
+        is_plain = config.data.source in ("mvtec_ad", "classes") or is_extracted_visa(config.data.root)
+        prepared = "" if is_plain else config.data.root
         irrelevant = read_irrelevant(supervision.irrelevant, count=count, seed=config.seed, root=prepared)
+        own = {os.path.realpath(record.image) for record in records if isinstance(record.image, str)}
+        clash = [r.key for r in irrelevant if isinstance(r.image, str) and os.path.realpath(r.image) in own]
+        if clash:
+            raise InputError(f"supervision.irrelevant: these are images of the data themselves: {listed(clash)}")
     labelled = deal_labels((*(given if is_push_pull else ()), *drawn.shots), supervision.labels)
     return RunRecords(
         normal=normal,
@@ -106,15 +112,16 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
             images are left.
     """
     records, policy, dropped = read_run(config), config.data.on_unreadable, {}
+    given = (records.labelled, config.supervision.confetti_copies, records.irrelevant)
+    places = _places(config, sum(map(bool, given)))
+    _check_counts(config, len(records.normal))
     parameters = frozen["backbone"]
     with tqdm(desc="checking test images", total=len(records.test), unit="image", file=sys.stderr) as bar:
         test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
-    masks = [_grid_mask(config, record, label) for record, label in records.labelled]
+    readable = check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
+    records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0] in readable))
     normal, features = _extract(config, network, parameters, records.normal, dropped, "features")
-    if len(normal) < 2:
-        raise InputError(
-            f"{config.data.root}: {len(normal)} normal training images; at least 2 are needed, one held out"
-        )
+    _check_counts(config, len(normal))  # some may have been left out
     fit, held = _hold_out(config, normal)
     position = {record.key: i for i, record in enumerate(normal)}
     fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
@@ -128,14 +135,12 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
         labelled, features = _extract(
             config, network, parameters, [record for record, _ in records.labelled], dropped, "labelled anomalies"
         )
-        read = {record.key for record in labelled}
-        kept = [i for i, (record, _) in enumerate(records.labelled) if record.key in read]
         sources.append(
             _examples(
                 features,
-                mask=np.stack([masks[i] for i in kept]),
+                mask=np.stack([_grid_mask(config, record, label) for record, label in records.labelled]),
                 label=[record.label or 0 for record in labelled],
-                kind=[_KINDS[records.labelled[i][1]] for i in kept],
+                kind=[_KINDS[label] for _, label in records.labelled],
             )
         )
     if config.supervision.confetti_copies:
@@ -153,7 +158,7 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
     examples["features"] = np.asarray(standardisation(examples["features"]))
     return TrainingData(
         examples=examples,
-        pools=_pools(config, [len(source["kind"]) for source in sources]),
+        pools=_pools(places, [len(source["kind"]) for source in sources]),
         held=np.asarray(standardisation(held_features)),
         threshold_keys=tuple(record.key for record in held or fit),
         frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
@@ -164,7 +169,7 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
             "test": len(test),
             "labelled": {record.key: label for record, label in records.labelled if record.key not in dropped},
             "out_of_test": list(records.out_of_test),
-            "irrelevant": len(records.irrelevant),
+            "irrelevant": sum(record.key not in dropped for record in records.irrelevant),
             "confetti": config.supervision.confetti_copies * len(fit),
             "left_out": dropped,
         },
@@ -173,11 +178,9 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
 
 def _hold_out(config: Config, normal: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """The normal images that are trained on, and those held out for the threshold: none where it is cross-fitted."""
-    if not config.scoring.folds:
-        return hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
-    if config.scoring.folds > len(normal):
-        raise InputError(f"scoring.folds: {config.scoring.folds} folds of {len(normal)} normal training images")
-    return tuple(normal), ()
+    if config.scoring.folds:
+        return tuple(normal), ()
+    return hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
 
 
 def _extract(
@@ -239,8 +242,6 @@ def _grid_mask(config: Config, record: Record, label: Label) -> np.ndarray:
     if label != "mask":
         return np.zeros(grid, np.float32)
     mask = read_mask(record, size=read_image(record).shape[:2])
-    if record.label == 1 and not mask.any():
-        raise InputError(f"{record.key}: labelled anomalous, but its mask {record.mask} marks no pixel")
     data, rule = config.data, config.supervision.mask_rule
     return mask_to_grid(mask, grid=grid, rule=rule, size=data.image_size, mode=data.resize)
 
@@ -277,19 +278,48 @@ def _compiled_confetti(spec: FeatureSpec):
     return program
 
 
-def _pools(config: Config, counts: Sequence[int]) -> tuple[Pool, ...]:
-    """The pools of a batch: normal images, and an equal share of the anomalous places for every source of anomalies."""
-    size, sources = config.training.batch_size, len(counts) - 1
-    places = [size]
-    if sources:
-        anomalous = round(config.supervision.share * size)
-        if not sources <= anomalous < size:
-            raise InputError(
-                f"supervision.share: {anomalous} of {size} places in a batch (training.batch_size) for {sources} "
-                "sources of anomalies; each needs one, and so do the normal images"
-            )
-        shares = np.diff(np.round(np.linspace(0, anomalous, sources + 1)).astype(int))
-        places = [size - anomalous, *shares.tolist()]
+def _places(config: Config, sources: int) -> list[int]:
+    """Places in a batch of the normal images, and of each source of anomalies, as equal as they go.
+
+    Raises:
+        InputError: there are fewer places than sources.
+    """
+    size = config.training.batch_size
+    if not sources:
+        return [size]
+    anomalous = round(config.supervision.share * size)
+    if not sources <= anomalous < size:
+        raise InputError(
+            f"supervision.share: {anomalous} of {size} places in a batch (training.batch_size) for {sources} "
+            "sources of anomalies; each needs one, and so do the normal images"
+        )
+    return [size - anomalous, *np.diff(np.round(np.linspace(0, anomalous, sources + 1)).astype(int)).tolist()]
+
+
+def _check_counts(config: Config, normal: int) -> None:
+    """Raise where there are too few normal images for what is asked, before any is decoded."""
+    folds = config.scoring.folds
+    if normal < 2:
+        raise InputError(f"{config.data.root}: {normal} normal training images; at least 2 are needed, one held out")
+    if folds > normal:
+        raise InputError(f"scoring.folds: {folds} folds of {normal} normal training images")
+    fitted = normal - (-(-normal // folds) if folds else max(round(config.scoring.held_out * normal), 1))
+    cells = fitted * config.features.grid**2
+    if config.reconstructor.kind == "nearest" and config.reconstructor.cells > cells:
+        raise InputError(
+            f"reconstructor.cells: {config.reconstructor.cells} are to be stored, but {fitted} training images have "
+            f"{cells} cells on a grid of {config.features.grid}"
+        )
+
+
+def _pools(places: Sequence[int], counts: Sequence[int]) -> tuple[Pool, ...]:
+    """The pools of a batch: the normal images, then each source of anomalies.
+
+    Raises:
+        InputError: no image of a source could be read.
+    """
+    if not all(counts):
+        raise InputError("no image of one of the sources of anomalies could be read")
     edges = np.cumsum((0, *counts))
     return tuple(Pool(np.arange(start, end), n) for start, end, n in zip(edges[:-1], edges[1:], places, strict=True))
 

@@ -24,6 +24,7 @@ from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check, flatten
 from pushpull_jax.data.manifest import fingerprint
+from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import (
     build_network,
     initial_state,
@@ -87,19 +88,16 @@ def train(
     check(config, source="config")
     config = _with_absolute_paths(config)
     described = build_network(config, reconstructor=reconstructor)  # a wrong field is said before anything is read
-    name = config.training.loss if loss_fn is None else f"{loss_fn.__module__}.{loss_fn.__qualname__}"
+    name = config.training.loss if loss_fn is None else _name_of(loss_fn)
     # What was passed from Python stands beside the config: a resumed run must have been given the same.
     given = {"loss": name, "reconstructor": repr(described.reconstructor)}
     resumed = files.check_startable(folder, config)
     if resumed:
         _check_same(folder, config, given)
-        # The intervals, the place of the data and, with a constant schedule, the steps may be new.
-        files.write_config(folder, config, **files.read_config(folder)[1])
         if _is_finished(folder, config):
+            files.write_config(folder, config, **files.read_config(folder)[1])
             _say(f"{folder} is finished")
             return _evaluated(folder, reconstructor)
-        for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
-            (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
     start = _read_start(config, reconstructor) if config.training.start else None
     if resumed:
         _, network = read_network(folder, reconstructor=reconstructor)
@@ -114,15 +112,22 @@ def train(
     data = prepare(config, network, frozen)
     if start:
         data.summary["start"] = _check_start(start, data)
-    if not resumed:
+    if resumed:
+        if data.summary != files.read_config(folder)[1]["data"]:
+            raise InputError(
+                f"workdir {folder} holds a run on other data: other files can be read now, or it started from "
+                "another run"
+            )
+        # The intervals, the place of the data and, with a constant schedule, the steps may be new.
+        files.write_config(folder, config, **files.read_config(folder)[1])
+        for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
+            (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         told = backbone_metadata(network.features.backbone)
         save_parameters(folder / files.BACKBONE, data.frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
         files.write_config(folder, config, **rest, **given)
-    elif data.summary != files.read_config(folder)[1]["data"]:
-        raise InputError(f"workdir {folder} holds a run on other data: other files can be read now, or it started "
-                         "from another run")  # fmt: skip
     first = start.parameters if start else initial_state(config, network).parameters
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, data.normal))
     state = fit(config, program, data.examples, data.pools, folder, start=start and start.parameters)
@@ -156,11 +161,18 @@ def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: n
 
 def _evaluated(folder: Path, reconstructor: nn.Module | None) -> dict[str, Any]:
     """The evaluation of a finished run; empty where the data have no test images."""
-    config, _ = files.read_config(folder)
-    if not read_run(config).test:
+    config, run = files.read_config(folder)
+    records = read_records(config.data.source, config.data.root, config.data.category)
+    if not any(record.split == "test" and record.key not in run["data"]["out_of_test"] for record in records):
         _say(f"{config.data.category} has no test images: the detector is ready, and cannot be evaluated")
         return {}
     return evaluate(folder, reconstructor=reconstructor)
+
+
+def _name_of(loss_fn: LossFunction) -> str:
+    """What config.json calls a loss of one's own, a partial with what it fixes."""
+    inner, fixed = getattr(loss_fn, "func", loss_fn), getattr(loss_fn, "keywords", None)
+    return f"{inner.__module__}.{inner.__qualname__}" + (f" with {fixed}" if fixed else "")
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -171,6 +183,9 @@ def _with_absolute_paths(config: Config) -> Config:
         config,
         data=replace(config.data, root=absolute(config.data.root)),
         training=replace(config.training, start=absolute(config.training.start)),
+        supervision=config.supervision
+        if config.supervision.irrelevant == "cifar100"
+        else replace(config.supervision, irrelevant=absolute(config.supervision.irrelevant)),
     )
 
 
@@ -185,6 +200,8 @@ def _read_start(config: Config, reconstructor: nn.Module | None) -> Start:
         InputError: it is not a finished run, or one of another network or other data.
     """
     folder = Path(config.training.start)
+    if not files.is_run(folder):
+        raise InputError(f"training.start {folder} is not a run: it has no {files.CONFIG}")
     there, network = read_network(folder, reconstructor=reconstructor)
     if not (folder / files.THRESHOLD).is_file():
         raise InputError(
@@ -206,14 +223,16 @@ def _check_start(start: Start, data: TrainingData) -> dict[str, str]:
     if start.data["held_out"] != data.summary["held_out"]:
         raise InputError(
             "training.start: that run held out other normal images for its threshold, so it was trained on some of "
-            "those held out here; give it the same seed, scoring.held_out and data"
+            "those held out here; give both the same seed, scoring.held_out and data, and scoring.folds 0"
         )
-    if not set(start.data["labelled"]) <= set(data.summary["out_of_test"]) | set(data.summary["labelled"]):
+    # Those of the runs that it started from itself, too.
+    seen = set(start.data["labelled"]) | set(start.data.get("start", {}).get("labelled", ()))
+    if not seen <= set(data.summary["out_of_test"]) | set(data.summary["labelled"]):
         raise InputError(
             "training.start: that run was trained on anomalies that are test images here; give it the same seed, "
             "supervision.shots and supervision.setting"
         )
-    return {"sha256": start.digest}
+    return {"sha256": start.digest, "labelled": sorted(seen)}
 
 
 def _is_finished(folder: Path, config: Config) -> bool:

@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="of the tables; default: all that the source is for")
     parser.add_argument("--categories", nargs="+", help="default: all that are there")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--irrelevant", help="folder of irrelevant images for adtr_plus_images; default: CIFAR-100")
+    parser.add_argument("--irrelevant", help="folder of irrelevant images; default: CIFAR-100")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs and the tables")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands, run nothing")
     given, overrides = parser.parse_known_args(arguments)
@@ -74,7 +74,7 @@ def command(
         words += ["--training.start", str(given.out / row.start / category / seed)]
     if row.epochs:
         words += ["--training.steps", steps]
-    if row.config == "adtr_plus_images" and given.irrelevant:
+    if row.config in ("adtr_plus_images", "quick_cifar10_images") and given.irrelevant:
         words += ["--supervision.irrelevant", given.irrelevant]
     return [*words, *row.arguments, *overrides, *row.last]
 

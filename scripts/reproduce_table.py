@@ -48,6 +48,7 @@ ROWS = (
     Row("adtr_cifar10", ("cifar10",), image=94.7),
     Row("adtr_plus_images", ("cifar10",), image=96.1),
     Row("quick_cifar10", ("cifar10",)),
+    Row("quick_cifar10_images", ("cifar10",), start="quick_cifar10"),
     Row("nearest", ("ours",), arguments=TEN_UNUSED, last=("--training.steps", "0")),
     Row("quick", ("ours",), arguments=TEN_UNUSED),
     Row("quick_confetti", ("ours",), start="quick", arguments=TEN_UNUSED),

@@ -122,15 +122,24 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_examples_come_source_by_source_with_their_kinds(prepared):
+def shots_with(label: str, config: Config) -> list[int]:
+    """Positions among all examples of the shots that were dealt a kind of label."""
+    return [8 + i for i, (_, dealt) in enumerate(read_run(config).labelled) if dealt == label]
+
+
+def test_examples_come_source_by_source_with_their_kinds(prepared, everything):
     _, _, data = prepared
+    dealt = [
+        {"mask": MASK, "image": IMAGE_LABEL, "unlabelled": UNLABELLED}[k] for _, k in read_run(everything).labelled
+    ]
+    assert sorted(dealt) == [UNLABELLED, IMAGE_LABEL, MASK, MASK]
     # 8 of 10 normal images (2 held out), 4 shots of which one in three is unlabelled, 2 x 8 noisy copies, 3 irrelevant.
-    kinds = [MASK] * 8 + [MASK, IMAGE_LABEL, UNLABELLED, MASK] + [MASK] * 16 + [IMAGE_LABEL] * 3
+    kinds = [MASK] * 8 + dealt + [MASK] * 16 + [IMAGE_LABEL] * 3
     assert data.examples["kind"].tolist() == kinds
     assert data.examples["label"].tolist() == [0] * 8 + [1] * 23
     assert data.examples["features"].shape == (31, GRID, GRID, 64) and data.normal.shape[0] == 8
     has_mask = data.examples["mask"].any((1, 2))
-    assert has_mask.tolist() == [False] * 8 + [True, False, False, True] + [True] * 16 + [False] * 3
+    assert has_mask.tolist() == [False] * 8 + [kind == MASK for kind in dealt] + [True] * 16 + [False] * 3
     # Three of six places, one for each source of anomalies.
     assert [pool.places for pool in data.pools] == [3, 1, 1, 1]
     assert np.concatenate([pool.examples for pool in data.pools]).tolist() == list(range(31))
@@ -138,14 +147,14 @@ def test_examples_come_source_by_source_with_their_kinds(prepared):
 
 def test_a_shot_has_its_own_features_and_its_mask_by_the_any_rule(prepared, everything, root):
     network, parameters, data = prepared
-    record, label = read_run(everything).labelled[0]
-    assert label == "mask"
+    shot = shots_with("mask", everything)[0]
+    record, _ = read_run(everything).labelled[shot - 8]
     image = pixels(root / record.key).astype(np.float32)[None]
     features = Standardisation(**data.frozen["standardisation"])(extract(network.features, parameters, image))
-    np.testing.assert_allclose(data.examples["features"][8], features[0], atol=1e-4)
+    np.testing.assert_allclose(data.examples["features"][shot], features[0], atol=1e-4)
     mask = pixels(Path(record.mask)) > 0
     cells = mask.reshape(GRID, SIZE // GRID, GRID, SIZE // GRID).any((1, 3))
-    np.testing.assert_array_equal(data.examples["mask"][8], cells)
+    np.testing.assert_array_equal(data.examples["mask"][shot], cells)
 
 
 def test_confetti_copies_are_of_their_images_and_differ(prepared):
@@ -228,7 +237,7 @@ def test_a_start_that_learned_from_the_test_images_is_refused(labelled_run, ever
 
 def test_the_push_moves_anomalous_cells_away(prepared, everything):
     network, _, data = prepared
-    shots = {name: leaf[[8, 11]] for name, leaf in data.examples.items()}  # those with a mask
+    shots = {name: leaf[shots_with("mask", everything)] for name, leaf in data.examples.items()}
     optimizer = optax.adam(3e-3)
     apart = []
     for alpha in (0.0, 1.0):
@@ -281,11 +290,11 @@ def test_hard_setting_tests_on_what_was_not_seen(everything, tmp_path):
 
 def test_an_empty_mask_of_an_anomalous_image_is_named(everything, root, tmp_path):
     shutil.copytree(root, tmp_path / "data")
-    record = read_run(everything).labelled[0][0]
+    record = next(record for record, label in read_run(everything).labelled if label == "mask")
     mask = tmp_path / "data" / Path(record.mask).relative_to(root)
     Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(mask)
     config = replace(everything, data=replace(everything.data, root=str(tmp_path / "data")))
-    with pytest.raises(InputError, match=rf"{record.key}.*marks no pixel"):
+    with pytest.raises(InputError, match=rf"{mask.name} marks no pixel"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -294,6 +303,37 @@ def test_too_many_shots_say_how_many_there_are(everything, tmp_path):
     config = replace(everything, supervision=replace(everything.supervision, shots=11))
     with pytest.raises(InputError, match="category flange has 10 anomalous test images"):
         train(config, tmp_path / "run")
+
+
+def test_images_of_the_data_are_not_irrelevant(everything, root, tmp_path):
+    config = replace(everything, supervision=replace(everything.supervision, irrelevant=str(root), irrelevant_count=30))
+    with pytest.raises(InputError, match="images of the data themselves"):
+        train(config, tmp_path / "run")
+
+
+def test_a_start_of_a_start_is_remembered(labelled_run, started, everything, tmp_path):
+    """What the first run learned from is not a test image of the third, though the second was shown nothing of it."""
+    from pushpull_jax import training as training_module
+
+    between = replace(everything, supervision=replace(everything.supervision, labels=("unused",)))
+    between = replace(between, training=replace(between.training, start=str(labelled_run), steps=2))
+    train(between, tmp_path / "between")
+    assert written(tmp_path / "between")["labelled"] == {}
+    third = replace(between, supervision=replace(between.supervision, shots=0))
+    third = replace(third, training=replace(third.training, start=str(tmp_path / "between")))
+    with pytest.raises(InputError, match="test images here"):
+        training_module.train(third, tmp_path / "third")
+
+
+def test_too_many_stored_cells_are_said_before_anything_is_written(normal_only, tmp_path):
+    config = replace(
+        normal_only,
+        reconstructor=Reconstructor(kind="nearest", cells=8 * GRID**2 + 1),
+        training=replace(normal_only.training, steps=0),
+    )
+    with pytest.raises(InputError, match="8 training images have 512 cells"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_sources_than_places_in_a_batch(everything, tmp_path):

@@ -94,6 +94,14 @@ def test_labels_that_cannot_be(test, options, message):
         draw_shots(test, seed=0, **options)
 
 
+def test_every_type_gets_every_kind_of_label():
+    # Types take turns in the draw: dealt in that order, three kinds would each go to a type of its own.
+    drawn = draw_shots(records(good=1, bent=6, cut=6, color=6), shots=9, seed=0).shots
+    dealt = deal_labels(drawn, ("mask", "image", "unlabelled"))
+    assert len({(record.defect_type, label) for record, label in dealt}) == 9
+    assert [record for record, _ in dealt] == list(drawn)
+
+
 def test_kinds_of_labels_take_turns():
     bent = [record for record in TEST if record.defect_type == "bent"][:5]
     dealt = deal_labels(bent, ("mask", "image", "unused"))

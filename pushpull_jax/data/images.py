@@ -106,7 +106,8 @@ def read_mask(record: Record, *, size: tuple[int, int]) -> np.ndarray | None:
         [H,W] bool; all False for a normal image without a mask, None for any other without one.
 
     Raises:
-        InputError: the mask cannot be decoded, has another size than the image, or marks pixels of a normal image.
+        InputError: the mask cannot be decoded, has another size than the image, marks pixels of a normal image, or
+            none of an anomalous one.
     """
     if record.mask is None:
         return np.zeros(size, bool) if record.label == 0 else None
@@ -116,6 +117,8 @@ def read_mask(record: Record, *, size: tuple[int, int]) -> np.ndarray | None:
             f"mask {record.mask} is {mask.shape[1]}x{mask.shape[0]}, its image {record.image} {size[1]}x{size[0]} "
             "(width x height): they must be equal"
         )
+    if record.label == 1 and not mask.any():
+        raise InputError(f"mask {record.mask} marks no pixel, but its image {record.image} is labelled anomalous")
     if record.label == 0 and mask.any():
         raise InputError(f"mask {record.mask} marks anomalous pixels, but its image {record.image} is labelled normal")
     return mask

@@ -55,7 +55,7 @@ def read_records(source: Source, root: str, category: str) -> tuple[Record, ...]
         return read_class_folders(root, category) if source == "classes" else read_cifar10(root, category)
     if source == "tfds_mvtec_ad":
         return read_prepared_mvtec_ad(root, category)
-    if source in _PROTOCOLS and not _is_extracted_visa(root):
+    if source in _PROTOCOLS and not is_extracted_visa(root):
         return read_prepared_visa(root, category, protocol=_PROTOCOLS[source])
     names = category_names(source, root) if category == "all" else (category,)
     if not names:
@@ -79,7 +79,7 @@ def category_names(source: Source, root: str) -> tuple[str, ...]:
         case "tfds_mvtec_ad":
             return MVTEC_AD_CATEGORIES
         case _:
-            return visa_categories(root, _PROTOCOLS[source]) if _is_extracted_visa(root) else VISA_CATEGORIES
+            return visa_categories(root, _PROTOCOLS[source]) if is_extracted_visa(root) else VISA_CATEGORIES
 
 
 def read_irrelevant(source: str, *, count: int, seed: int, root: str = "") -> tuple[Record, ...]:
@@ -121,7 +121,8 @@ def _read_folder(source: Source, root: str, category: str) -> tuple[Record, ...]
     return read_visa(root, category, protocol=_PROTOCOLS[source])
 
 
-def _is_extracted_visa(root: str) -> bool:
+def is_extracted_visa(root: str) -> bool:
+    """Whether a folder is VisA as its archive extracts it, and not a folder of prepared data."""
     return bool(root) and (Path(root) / "split_csv").is_dir()
 
 

@@ -80,12 +80,15 @@ def draw_shots(
 
 
 def deal_labels(records: Sequence[Record], labels: Sequence[Label]) -> tuple[tuple[Record, Label], ...]:
-    """Give each labelled image a kind of label, in turn; those that are dealt "unused" are left out.
+    """Give each labelled image a kind of label; those that are dealt "unused" are left out.
+
+    The kinds take turns in the order of the keys, which puts the images of one type together: each type gets all kinds.
 
     Raises:
         InputError: an image without a mask is dealt "mask".
     """
-    dealt = tuple((record, labels[i % len(labels)]) for i, record in enumerate(records))
+    turn = {key: i for i, key in enumerate(sorted(record.key for record in records))}
+    dealt = tuple((record, labels[turn[record.key] % len(labels)]) for record in records)
     without = sorted(record.key for record, label in dealt if label == "mask" and record.mask is None)
     if without:
         raise InputError(f"supervision.labels asks for the masks of images that have none: {listed(without)}")
