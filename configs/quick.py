@@ -20,6 +20,6 @@ config = Config(
     reconstructor=Reconstructor(encoder_layers=2, decoder_layers=2, hidden=512, dropout=0.0, fold=4),
     training=Training(steps=200, learning_rate=1e-3, warmup_steps=20, jitter=1.0),
     # Fine defects want the fine stages, misplaced parts the coarse one: all have a say in the map, stage 5 the least,
-    # and the mean residuals of the image and of its parts tell of what is missing.
-    scoring=Scoring(map="whitened", map_weights=(1.0, 1.0, 1.0, 0.25), blocks=(1, 8), smoothing=3.0),
+    # and the mean residual of the image tells of what is missing.
+    scoring=Scoring(map="whitened", map_weights=(1.0, 1.0, 1.0, 0.25), blocks=(1,), smoothing=3.0),
 )

@@ -152,24 +152,54 @@ def cross_fit(
                 state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
                 _check_finite(_means(metrics, last - step), step, config)
                 bar.update(last - step)
-            parameters = with_residuals(program, frozen | {"reconstructor": state.parameters}, features[kept])
+            trained = frozen | {"reconstructor": state.parameters}
+            parameters = with_residuals(trained, residual_sums(program, trained, features[kept]))
             for whole, part in zip(results, score_features(program, parameters, features[held]), strict=True):
                 whole[held] = part
     return results
 
 
-def with_residuals(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Any]:
-    """The parameters with "residuals": what is usual of them on normal features, as far as the network asks."""
-    if not (program.network.map_weights or program.network.blocks):
-        return parameters | {"residuals": {}}
+def residual_sums(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Moments]:
+    """Moments of the residuals of normal features, of whatever the network's score is in units of; float64."""
     sums: dict[str, Moments] = {}
+    if not (program.network.map_weights or program.network.blocks):
+        return sums
     for start in range(0, len(features), BATCH_SIZE):
         batch = features[start : start + BATCH_SIZE]
         added = padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
-        for name, (count, total, outer) in added.items():
-            of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in (count, total, outer)))
+        for name, of_images in added.items():
+            of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in of_images))
             sums[name] = of_batch if name not in sums else Moments(*map(np.add, sums[name], of_batch))
+    return sums
+
+
+def with_residuals(parameters: dict[str, Any], sums: dict[str, Moments]) -> dict[str, Any]:
+    """The parameters with "residuals": what is usual of them, by their moments."""
     return parameters | {"residuals": {name: fit_whitening(of)._asdict() for name, of in sums.items()}}
+
+
+def score_held_out(
+    program: Program, parameters: dict[str, Any], sums: dict[str, Moments], held: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score_features` of held-out images, each in units of what is usual of all images but itself.
+
+    Images are few, and what is usual of them is known the better the more there are: so the held-out ones count too,
+    as long as none of them is measured by itself.
+
+    Args:
+        program: of `build_program`.
+        parameters: of the run, without "residuals".
+        sums: of all normal images, those held out among them.
+        held: features [n,h,w,C].
+    """
+    if not sums:
+        return score_features(program, parameters | {"residuals": {}}, held)
+    results = []
+    for image in tqdm(held, desc="threshold", unit="image", file=sys.stderr):
+        own = residual_sums(program, parameters, image[None])
+        others = {name: Moments(*map(np.subtract, sums[name], own[name])) for name in sums}
+        results.append(score_features(program, with_residuals(parameters, others), image[None]))
+    return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
 
 
 def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

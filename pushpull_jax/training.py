@@ -35,7 +35,7 @@ from pushpull_jax.detector import (
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import TrainingData, prepare, read_run
-from pushpull_jax.fit import build_program, cross_fit, fit, score_features, with_residuals
+from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
 from pushpull_jax.objectives import configured_loss
 from pushpull_jax.steps import LossFunction
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
@@ -131,13 +131,14 @@ def train(
     first = start.parameters if start else initial_state(config, network).parameters
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, data.normal))
     state = fit(config, program, data.examples, data.pools, folder, start=start and start.parameters)
-    parameters = with_residuals(program, data.frozen | {"reconstructor": state.parameters}, data.normal)
-    if parameters["residuals"]:
-        save_parameters(folder / files.RESIDUALS, parameters["residuals"], metadata={})
+    trained = data.frozen | {"reconstructor": state.parameters}
+    sums = residual_sums(program, trained, np.concatenate([data.normal, data.held]))
+    if sums:
+        save_parameters(folder / files.RESIDUALS, with_residuals(trained, sums)["residuals"], metadata={})
     if config.scoring.folds:
         held = cross_fit(config, program, data.frozen, data.examples, data.pools)
     else:
-        held = score_features(program, parameters, data.held)
+        held = score_held_out(program, trained, sums, data.held)
     _write_threshold(folder, config, data, *held)
     return _evaluated(folder, reconstructor)
 
