@@ -2,7 +2,7 @@
 
     pushpull demo
 
-Data: drawn by the program. Verified here: its figures are in the README's first section, and the suite runs it small.
+Data: drawn by the program. Verified here: a few steps in the test suite.
 
 Of 120 good parts 19 are held out, the fewest that can promise a false-positive rate of 5 %.
 """

@@ -3,7 +3,7 @@
     pushpull train quick_cifar10 --data.source classes --data.root ROOT --data.category airplane --workdir runs/airplane
 
 Data: a folder of classes, or CIFAR-10 by tensorflow-datasets without --data.source and --data.root.
-Verified here: docs/experiments.md, one class of a subset.
+Verified here: docs/experiments.md, section 10, one class of a subset.
 """
 
 from dataclasses import replace

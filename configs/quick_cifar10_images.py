@@ -4,7 +4,7 @@
         --supervision.irrelevant FOLDER --training.start runs/airplane --workdir runs/airplane_images
 
 Data: as for quick_cifar10; the irrelevant images are those of a folder, or CIFAR-100 by tensorflow-datasets.
-Verified here: docs/experiments.md, one class of a subset.
+Verified here: docs/experiments.md, section 10, one class of a subset.
 """
 
 from dataclasses import replace

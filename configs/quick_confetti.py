@@ -4,7 +4,7 @@
         --training.start runs/CATEGORY
 
 No label is needed: the run that it starts from is one of quick, with whatever shots are given here.
-Data: any. Verified here: docs/experiments.md, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
+Data: any. Verified here: docs/experiments.md, section 9, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
 """
 
 from dataclasses import replace

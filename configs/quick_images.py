@@ -4,7 +4,7 @@
         --training.start runs/CATEGORY
 
 The run that it starts from is that of configs/quick_masks.py. Data: any with test anomalies.
-Verified here: docs/experiments.md, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
+Verified here: docs/experiments.md, section 9, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
 """
 
 from dataclasses import replace

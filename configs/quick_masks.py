@@ -6,7 +6,7 @@
         --training.start runs/CATEGORY
 
 Data: any with test anomalies that have masks; the ten leave the test set of both runs.
-Verified here: docs/experiments.md, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
+Verified here: docs/experiments.md, section 9, on bottle, toothbrush and juice_bottle, seeds 0 to 2.
 """
 
 from dataclasses import replace
