@@ -379,7 +379,8 @@ def test_workdir_below_a_file(root, tmp_path, monkeypatch, capsys):
 
 SMALL = f"""
     --features.stages 2 3 --features.stage_weights 1 1 --scoring.map_weights 1 1 --features.grid 8
-    --reconstructor.width 16 --reconstructor.hidden 16 --data.image_size {SIZE} --training.steps 2 --log.every 1 --checkpoint.every 1
+    --reconstructor.width 16 --reconstructor.hidden 16 --data.image_size {SIZE} --training.steps 2
+    --log.every 1 --checkpoint.every 1
 """.split()
 
 
