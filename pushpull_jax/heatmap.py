@@ -9,11 +9,11 @@ highest value is: nothing is stretched to the range of one map.
 import io
 import math
 import os
-import uuid
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from pushpull_jax.workdir import write_bytes
 
 # score / threshold and its colour, of ColorBrewer's diverging RdYlBu in 11 classes, reversed (colorbrewer2.org; safe
 # for the common colour-vision deficiencies). Red minus blue rises throughout. The stops are ours: blue is kept up to
@@ -110,23 +110,7 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """
     encoded = io.BytesIO()
     Image.fromarray(array).save(encoded, "PNG")
-    write_whole(path, encoded.getvalue())
-
-
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all, through a temporary file in its folder.
-
-    Args:
-        path: the file; its folder must exist.
-        content: what it shall hold.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, encoded.getvalue())
 
 
 def _relative(maps: np.ndarray, threshold: float) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pushpull_jax import charts, heatmap, metrics
+from pushpull_jax.workdir import write_bytes
 
 _PICTURE_SIDE = 400  # longer side of an embedded picture in pixels: sharp at the width it has, about 10 kB each
 _MASK_COLOUR = (255, 0, 200)  # magenta: in no colour of the heat scale and rare on parts
@@ -129,7 +130,7 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
     """
     page = _render(report)
     # A file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates: they become "?".
-    heatmap.write_whole(path, page.encode("utf-8", "replace"))
+    write_bytes(path, page.encode("utf-8", "replace"))
 
 
 def _render(report: Report) -> str:

@@ -25,6 +25,7 @@ from pushpull_jax.conversion.keras_h5 import keras_preprocessing, read_keras_h5
 from pushpull_jax.conversion.tensors import Parameters, check_tensors
 from pushpull_jax.errors import InputError
 from pushpull_jax.torch_checkpoint import read_torch_checkpoint
+from pushpull_jax.workdir import write_bytes
 
 # Seconds until a server that does not answer counts as unreachable.
 TIMEOUT = 10
@@ -185,12 +186,7 @@ def save_parameters(path: str | os.PathLike, parameters: Parameters, *, metadata
     """Write a tree of arrays as safetensors, atomically; names are paths joined by "/"."""
     # safetensors writes the bytes as they lie in memory, so that a transposed view would come back scrambled.
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(parameters).items()}
-    part = Path(f"{path}.part")
-    try:
-        safetensors.numpy.save_file(flat, part, metadata=metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_bytes(path, safetensors.numpy.save(flat, metadata=metadata))
 
 
 def load_parameters(path: str | os.PathLike, *, like: Parameters) -> Parameters:

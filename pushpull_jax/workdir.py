@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,20 @@ THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "pre
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a part beside it first, then renamed."""
-    part = path.with_name(f"{path.name}.part")
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all: what was there stays until the new one is complete. Its folder must exist."""
+    path = Path(path)
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # as long whatever the name is, and no other process's
     try:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+        part.write_bytes(content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text whole or not at all; file names in it that are no UTF-8 keep their bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -164,11 +164,3 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, image, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         heatmap.save_png(path, image)
     assert path.read_bytes() == b"old" and [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_the_final_name_never_holds_a_part(tmp_path, monkeypatch):
-    path, seen = tmp_path / "a.bin", []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((a.read_bytes(), path.exists())), real(a, b)))
-    heatmap.write_whole(path, b"whole")
-    assert seen == [(b"whole", False)] and path.read_bytes() == b"whole"

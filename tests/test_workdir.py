@@ -201,3 +201,11 @@ def test_a_damaged_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(CONFIG)})[:-9])
     with pytest.raises(InputError, match=r"config\.json: cannot be read as JSON"):
         files.check_startable(tmp_path, CONFIG)
+
+
+def test_the_final_name_never_holds_a_part(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.bin", []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((a.read_bytes(), path.exists())), real(a, b)))
+    files.write_bytes(path, b"whole")
+    assert seen == [(b"whole", False)] and path.read_bytes() == b"whole"
