@@ -126,27 +126,26 @@ def measure_categories(scored: Scored, threshold: float) -> dict[str, Any]:
     if len(categories) == 1:
         return measure(scored, threshold)
     parts = {name: measure(scored.of_category(name), threshold) for name in categories}
-    result = measure(scored, threshold)
     # Where a category has no answer, the mean over all of them has none either.
-    return (
-        result
-        | {name: float(np.mean([part[name] for part in parts.values()])) for name in METRICS}
-        | {
-            "averaged_over": "categories",
-            "categories": parts,
-        }
-    )
+    means = {name: float(np.mean([part[name] for part in parts.values()])) for name in METRICS}
+    return means | count_verdicts(scored, threshold) | {"averaged_over": "categories", "categories": parts}
 
 
 def measure(scored: Scored, threshold: float) -> dict[str, Any]:
     """All metrics of scored images, and the verdicts at the threshold."""
-    verdicts, labels, known = scored.scores > threshold, scored.labels, scored.has_mask
-    result = metrics.image_metrics(labels, scored.scores)
+    known = scored.has_mask
+    result = metrics.image_metrics(scored.labels, scored.scores)
     if scored.masks.any():
         result |= metrics.pixel_metrics(scored.masks[known], scored.maps[known], fpr_limit=FPR_LIMIT)
     else:  # one-class data sets have no masks: that is no reason to warn
         result |= {name: math.nan for name in METRICS if name not in result}
-    return result | {
+    return result | count_verdicts(scored, threshold)
+
+
+def count_verdicts(scored: Scored, threshold: float) -> dict[str, Any]:
+    """How many images there are, and how many the threshold tells wrongly."""
+    verdicts, labels, known = scored.scores > threshold, scored.labels, scored.has_mask
+    return {
         "threshold": threshold,
         "images": len(labels),
         "images_with_pixel_truth": int(known.sum()),
