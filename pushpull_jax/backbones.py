@@ -138,68 +138,49 @@ EFFICIENTNET_LITE0 = Backbone(
 )
 
 
-def _tf_efficientnet(variant: str, width: float, depth: float) -> Backbone:
-    """TensorFlow's weights: SAME padding, epsilon 1e-3; trained with AutoAugment, as EfficientNet-PyTorch's."""
-    name = f"tf_efficientnet_{variant}"
-    return Backbone(
-        name=name,
-        network=EfficientNet(width=width, depth=depth, lite=False, padding="tf"),
-        mean=IMAGENET_MEAN,
-        deviation=IMAGENET_DEVIATION,
-        epsilon=1e-3,
-        source=f"timm/{name}.aa_in1k on the Hugging Face hub, converted from TensorFlow's",
-        licence="Apache-2.0",
-        origin=HubFile(f"timm/{name}.aa_in1k"),
-        keras=f"EfficientNet{variant.upper()}",
-        namings=(TIMM, EFFICIENTNET_PYTORCH, KERAS_APPLICATIONS),
-    )
-
-
-def _efficientnet(variant: str, width: float, depth: float, tag: str) -> Backbone:
-    """timm's own training: symmetric padding, epsilon 1e-5."""
-    name = f"efficientnet_{variant}"
-    return Backbone(
-        name=name,
-        network=EfficientNet(width=width, depth=depth, lite=False, padding="symmetric"),
-        mean=IMAGENET_MEAN,
-        deviation=IMAGENET_DEVIATION,
-        epsilon=1e-5,
-        source=f"timm/{name}.{tag} on the Hugging Face hub, trained by timm",
-        licence="Apache-2.0",
-        origin=HubFile(f"timm/{name}.{tag}"),
-        namings=(TIMM,),
-    )
-
-
-def _resnet(name: str, network: ResNet) -> Backbone:
-    """torchvision's first ImageNet weights (its IMAGENET1K_V1), which the hub has under timm's names."""
+def _from_hub(
+    name: str, network: nn.Module, repository: str, by: str, *, epsilon: float, namings: tuple[Naming, ...], **others
+) -> Backbone:
+    """A network whose weights are in a repository of the Hugging Face hub, and take images as ImageNet's do."""
     return Backbone(
         name=name,
         network=network,
         mean=IMAGENET_MEAN,
         deviation=IMAGENET_DEVIATION,
-        epsilon=1e-5,
-        source=f"timm/{name}.tv_in1k on the Hugging Face hub, trained by torchvision",
-        licence="BSD-3-Clause",
-        origin=HubFile(f"timm/{name}.tv_in1k"),
-        namings=(TORCHVISION,),
+        epsilon=epsilon,
+        source=f"{repository} on the Hugging Face hub, {by}",
+        origin=HubFile(repository),
+        namings=namings,
+        **{"licence": "Apache-2.0"} | others,
     )
+
+
+def _tf_efficientnet(variant: str, width: float, depth: float) -> Backbone:
+    """TensorFlow's weights: SAME padding, epsilon 1e-3; trained with AutoAugment, as EfficientNet-PyTorch's."""
+    name, network = f"tf_efficientnet_{variant}", EfficientNet(width=width, depth=depth, lite=False, padding="tf")
+    namings, keras = (TIMM, EFFICIENTNET_PYTORCH, KERAS_APPLICATIONS), f"EfficientNet{variant.upper()}"
+    by = "converted from TensorFlow's"
+    return _from_hub(name, network, f"timm/{name}.aa_in1k", by, epsilon=1e-3, namings=namings, keras=keras)
+
+
+def _efficientnet(variant: str, width: float, depth: float, tag: str) -> Backbone:
+    """timm's own training: symmetric padding, epsilon 1e-5."""
+    name, network = f"efficientnet_{variant}", EfficientNet(width=width, depth=depth, lite=False, padding="symmetric")
+    return _from_hub(name, network, f"timm/{name}.{tag}", "trained by timm", epsilon=1e-5, namings=(TIMM,))
+
+
+def _resnet(name: str, network: ResNet) -> Backbone:
+    """torchvision's first ImageNet weights (its IMAGENET1K_V1), which the hub has under timm's names."""
+    by, namings = "trained by torchvision", (TORCHVISION,)
+    return _from_hub(name, network, f"timm/{name}.tv_in1k", by, epsilon=1e-5, namings=namings, licence="BSD-3-Clause")
 
 
 def _dinov2(variant: str, size: str, width: int, heads: int) -> Backbone:
     """Meta's self-supervised weights, for 252 px: the multiple of the patch's 14 px that is nearest to 256."""
-    repository = f"timm/vit_{size}_patch14_dinov2.lvd142m"
-    return Backbone(
-        name=f"dinov2_{variant}",
-        network=VisionTransformer(width=width, heads=heads),
-        mean=IMAGENET_MEAN,
-        deviation=IMAGENET_DEVIATION,
-        epsilon=0.0,  # there is no BatchNorm
-        source=f"{repository} on the Hugging Face hub, trained by Meta",
-        licence="Apache-2.0",
-        origin=HubFile(repository),
-        namings=(DINOV2,),
-        image_size=252,
+    network, repository = VisionTransformer(width=width, heads=heads), f"timm/vit_{size}_patch14_dinov2.lvd142m"
+    # There is no BatchNorm, and so no epsilon of one.
+    return _from_hub(
+        f"dinov2_{variant}", network, repository, "trained by Meta", epsilon=0.0, namings=(DINOV2,), image_size=252
     )
 
 
