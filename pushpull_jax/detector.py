@@ -7,7 +7,7 @@ threshold each, fitted on the same images.
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from pushpull_jax.features import FeatureSpec, Standardisation, extract
 from pushpull_jax.models.convolutional import ConvolutionalReconstructor
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.models.reconstructor import Reconstructor
+from pushpull_jax.shapes import split_channels
 from pushpull_jax.steps import State, init_state, make_optimizer
 from pushpull_jax.weights import described, load_parameters
-from pushpull_jax.whitening import Whitening, largest_block_distance, whitened_score_map
+from pushpull_jax.whitening import Whitening, block_means, largest_block_distance, whitened_score_map
 
 # Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
 REFERENCE_SIZE = 256
@@ -66,6 +67,23 @@ class Network:
     def scale(self) -> float:
         return self.image_size / REFERENCE_SIZE
 
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """What the whitened map's stages are called among the "residuals"; none for the paper's map."""
+        return tuple(f"stage_{stage}" for stage in self.features.stages) if self.map_weights else ()
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What the image score's blocks are called there."""
+        return tuple(f"blocks_{blocks}" for blocks in self.blocks)
+
+    def measured(self, residuals: jax.Array) -> dict[str, jax.Array]:
+        """What of residuals [B,h,w,C] the score is in units of, by name: [B,i,j,c], of channels or of blocks."""
+        stages = split_channels(residuals, self.features.widths)
+        parts = dict(zip(self.map_names, stages, strict=True)) if self.map_names else {}
+        means = (block_means(residuals, blocks) for blocks in self.blocks)
+        return parts | dict(zip(self.block_names, means, strict=True))
+
 
 def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores [B] and maps [B,S,S], float32, of images [B,S,S,3] in 0..255; a pure function of parameters and images."""
@@ -78,15 +96,14 @@ def detect_features(network: Network, parameters: dict[str, Any], features: jax.
     reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
     usual = parameters["residuals"]
     if network.map_weights:
-        stages = tuple(Whitening(**usual[f"stage_{stage}"]) for stage in network.features.stages)
+        stages = tuple(Whitening(**usual[name]) for name in network.map_names)
         maps = whitened_score_map(features, reconstruction, stages, weights=network.map_weights)
     else:
         maps = scoring.score_map(features, reconstruction)
     maps = scoring.smooth(scoring.upsample(maps, network.image_size), sigma=network.smoothing * network.scale)
     scores = peaks(network, maps)
-    for blocks in network.blocks:
-        whitening = Whitening(**usual[f"blocks_{blocks}"])
-        scores = scores * largest_block_distance(features, reconstruction, whitening, blocks=blocks)
+    for name, blocks in zip(network.block_names, network.blocks, strict=True):
+        scores = scores * largest_block_distance(features, reconstruction, Whitening(**usual[name]), blocks=blocks)
     return scores, maps
 
 
@@ -205,23 +222,13 @@ def _map_weights(config: Config) -> tuple[float, ...]:
 
 def build_reconstructor(config: Config) -> nn.Module:
     """The reconstructor that a config describes."""
-    settings = config.reconstructor
-    if settings.kind == "nearest":
-        return NearestNeighbour(size=settings.cells)
-    if settings.kind == "convolutional":
-        return ConvolutionalReconstructor(width=settings.width)
-    return Reconstructor(
-        width=settings.width,
-        encoder_layers=settings.encoder_layers,
-        decoder_layers=settings.decoder_layers,
-        heads=settings.heads,
-        hidden=settings.hidden,
-        dropout=settings.dropout,
-        fold=settings.fold,
-        positions=settings.positions,
-        attention=settings.attention,
-        query=settings.query,
-    )
+    settings = asdict(config.reconstructor)
+    kind, cells = settings.pop("kind"), settings.pop("cells")
+    if kind == "nearest":
+        return NearestNeighbour(size=cells)
+    if kind == "convolutional":
+        return ConvolutionalReconstructor(width=settings["width"])
+    return Reconstructor(**settings)
 
 
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -278,17 +285,17 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
 
 def _load_residuals(folder: Path, network: Network) -> dict[str, Any]:
     """What is usual of the residuals, as `fit.with_residuals` found it; nothing where the network does not ask."""
-    widths = dict(zip(network.features.stages, network.features.widths, strict=True))
-    asked = {f"stage_{stage}": width for stage, width in widths.items()} if network.map_weights else {}
-    asked |= {f"blocks_{blocks}": sum(network.features.widths) for blocks in network.blocks}
-    if not asked:
+    grid = network.features.grid
+    residuals = jax.ShapeDtypeStruct((1, grid, grid, sum(network.features.widths)), np.float32)
+    widths = {name: part.shape[-1] for name, part in jax.eval_shape(network.measured, residuals).items()}
+    if not widths:
         return {}
     like = {
         name: {
             "mean": jax.ShapeDtypeStruct((width,), np.float32),
             "matrix": jax.ShapeDtypeStruct((width, width), np.float32),
         }
-        for name, width in asked.items()
+        for name, width in widths.items()
     }
     return load_parameters(folder / files.RESIDUALS, like=like)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from pushpull_jax.steps import (
     mixed_batch_indices,
     training_apply,
 )
-from pushpull_jax.whitening import Moments, block_means, fit_whitening, moments
+from pushpull_jax.whitening import Moments, fit_whitening, moments
 
 
 class Program(NamedTuple):
@@ -57,13 +56,7 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):
         rest = features - network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
-        usual = {f"blocks_{blocks}": moments(block_means(rest, blocks)) for blocks in network.blocks}
-        if network.map_weights:
-            parts = jnp.split(rest, np.cumsum(network.features.widths)[:-1].tolist(), axis=-1)
-            usual |= {
-                f"stage_{stage}": moments(part) for stage, part in zip(network.features.stages, parts, strict=True)
-            }
-        return usual
+        return {name: moments(part) for name, part in network.measured(rest).items()}
 
     @jax.jit
     def scores(parameters: dict[str, Any], features: jax.Array):
@@ -162,15 +155,18 @@ def cross_fit(
 def residual_sums(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Moments]:
     """Moments of the residuals of normal features, of whatever the network's score is in units of; float64."""
     sums: dict[str, Moments] = {}
-    if not (program.network.map_weights or program.network.blocks):
-        return sums
     for start in range(0, len(features), BATCH_SIZE):
-        batch = features[start : start + BATCH_SIZE]
-        added = padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
-        for name, of_images in added.items():
+        for name, of_images in _image_moments(program, parameters, features[start : start + BATCH_SIZE]).items():
             of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in of_images))
             sums[name] = of_batch if name not in sums else Moments(*map(np.add, sums[name], of_batch))
     return sums
+
+
+def _image_moments(program: Program, parameters: dict[str, Any], batch: np.ndarray) -> dict[str, Moments]:
+    """Moments of the residuals of each image, of at most BATCH_SIZE; none where the score is in units of nothing."""
+    if not (program.network.map_names or program.network.block_names):
+        return {}
+    return padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
 
 
 def with_residuals(parameters: dict[str, Any], sums: dict[str, Moments]) -> dict[str, Any]:
@@ -195,10 +191,16 @@ def score_held_out(
     if not sums:
         return score_features(program, parameters | {"residuals": {}}, held)
     results = []
-    for image in tqdm(held, desc="threshold", unit="image", file=sys.stderr):
-        own = residual_sums(program, parameters, image[None])
-        others = {name: Moments(*map(np.subtract, sums[name], own[name])) for name in sums}
-        results.append(score_features(program, with_residuals(parameters, others), image[None]))
+    for i, image in enumerate(tqdm(held, desc="threshold", unit="image", file=sys.stderr)):
+        place = i % BATCH_SIZE
+        if place == 0:
+            own = _image_moments(program, parameters, held[i : i + BATCH_SIZE])
+        others = {
+            name: Moments(*(leaf - of_images[place] for leaf, of_images in zip(sums[name], own[name], strict=True)))
+            for name in sums
+        }
+        # One at a time, since each has parameters of its own.
+        results.append(jax.device_get(program.scores(with_residuals(parameters, others), image[None])))
     return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
 
 

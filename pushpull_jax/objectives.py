@@ -14,7 +14,8 @@ import numpy as np
 from pushpull_jax import losses
 from pushpull_jax.batching import in_batches
 from pushpull_jax.config import Config
-from pushpull_jax.detector import BATCH_SIZE, Network
+from pushpull_jax.detector import BATCH_SIZE, Network, initial_state
+from pushpull_jax.shapes import split_channels
 from pushpull_jax.steps import Batch, LossFunction
 
 
@@ -41,19 +42,20 @@ def push_pull(
         [B] float32.
     """
     labels = batch["kind"], batch["label"], batch["mask"]
-    edges = np.cumsum([width for width, _ in units])[:-1].tolist()
-    pairs = zip(jnp.split(batch["features"], edges, -1), jnp.split(reconstruction, edges, -1), strict=True)
-    scales = [unit for _, unit in units] or [1.0]
-    phis = [losses.pseudo_huber_map(a / scale, b / scale) for (a, b), scale in zip(pairs, scales, strict=True)]
+    widths, scales = zip(*units or [(reconstruction.shape[-1], 1.0)], strict=True)
+    features, reconstructed = (split_channels(array, widths) for array in (batch["features"], reconstruction))
+    triples = zip(features, reconstructed, scales, strict=True)
+    phis = [losses.pseudo_huber_map(a / scale, b / scale) for a, b, scale in triples]
     return jnp.mean(jnp.stack([losses.push_pull_loss(phi, *labels, k=k, alpha=alpha) for phi in phis]), axis=0)
 
 
-def configured_loss(config: Config, network: Network, parameters: Any, normal: np.ndarray) -> LossFunction:
-    """The loss that a config names, where training starts from these parameters of the reconstructor."""
+def configured_loss(config: Config, network: Network, start: Any, normal: np.ndarray) -> LossFunction:
+    """The loss that a config names, where training starts from parameters of the reconstructor, or None: from fresh."""
     if config.training.loss == "squared":
         return squared
     units = ()
     if config.supervision.by_stage:
+        parameters = initial_state(config, network).parameters if start is None else start
         levels = stage_levels(network, parameters, normal).tolist()
         units = tuple(zip(network.features.widths, levels, strict=True))
     return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
@@ -61,11 +63,11 @@ def configured_loss(config: Config, network: Network, parameters: Any, normal: n
 
 def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
     """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
-    edges = np.cumsum(network.features.widths)[:-1].tolist()
+    widths = network.features.widths
 
     @jax.jit
     def levels(batch: jax.Array) -> jax.Array:
         residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
-        return jnp.stack([part.mean((1, 2, 3)) for part in jnp.split(residuals, edges, axis=-1)], axis=-1)
+        return jnp.stack([part.mean((1, 2, 3)) for part in split_channels(residuals, widths)], axis=-1)
 
     return np.maximum(in_batches(levels, features, size=BATCH_SIZE).mean(0, dtype=np.float64), 1e-6)

@@ -1,10 +1,14 @@
-"""The check that the pure functions make of the shapes they are given.
+"""The check that the pure functions make of the shapes they are given, and the split of channels by stage.
 
 A spec names the axes of an array, "*B h w C" for instance; `*B` stands for any number of leading axes, none included.
 A letter that occurs twice means one size, so [B, 3, 1] never broadcasts silently against [B, 3, 3]. Shapes are known
 while JAX traces: the check works under `jit`, `vmap` and `grad` alike and costs nothing in the compiled program.
 """
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -46,3 +50,8 @@ def _bind(axes: list[str], shape: tuple[int, ...], sizes: dict[str, int | tuple[
     if len(axes) != len(shape):
         return False
     return all(size != 0 and sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True))
+
+
+def split_channels(array: ArrayLike, widths: Sequence[int]) -> list[jax.Array]:
+    """Split [..., C] into parts [..., width], one for each width in order; their sum is C."""
+    return jnp.split(jnp.asarray(array), np.cumsum(widths)[:-1].tolist(), axis=-1)

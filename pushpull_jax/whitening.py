@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pushpull_jax.shapes import check_shapes
+from pushpull_jax.shapes import check_shapes, split_channels
 
 # Added to the covariance, as a share of each channel's own variance: ours. The figures hardly depend on it from 0.003
 # to 0.1 (docs/experiments.md); it bounds how far rounding, or fewer samples than channels, can blow up a direction.
@@ -116,9 +116,8 @@ def whitened_score_map(
             f"expected whitenings of {channels} channels in all and a weight for each, got {widths} and {weights}"
         )
     residuals = jnp.asarray(features, jnp.float32) - jnp.asarray(reconstruction, jnp.float32)
-    parts = jnp.split(residuals, np.cumsum(widths)[:-1].tolist(), axis=-1)
     log = 0.0
-    for whitening, part, weight in zip(whitenings, parts, weights, strict=True):
+    for whitening, part, weight in zip(whitenings, split_channels(residuals, widths), weights, strict=True):
         # A perfect reconstruction scores as close to 0 as float32 gets without a logarithm of 0.
         distance = jnp.maximum(whitening.distance(part), jnp.finfo(jnp.float32).tiny)
         log = log + weight / sum(weights) * jnp.log(distance)
