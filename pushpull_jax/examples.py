@@ -99,29 +99,29 @@ def read_run(config: Config) -> RunRecords:
     )
 
 
-def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> TrainingData:
-    """Read the data, check every file of it, extract features and fit their standardisation.
+def prepare(config: Config, network: Network, frozen: dict[str, Any], records: RunRecords) -> TrainingData:
+    """Check every file of the data, extract features and fit their standardisation.
 
     Args:
         config: the run.
         network: what it computes.
+        records: of `read_run`.
         frozen: parameters of the "backbone"; and the "standardisation", or it is fitted to the normal images.
 
     Raises:
-        InputError: see `read_run` and `image_batches`; a labelled image has an empty mask; or fewer than two normal
-            images are left.
+        InputError: see `image_batches`; a labelled image has an empty mask; or fewer than two normal images are left.
     """
-    records, policy, dropped = read_run(config), config.data.on_unreadable, {}
+    policy, dropped = config.data.on_unreadable, {}
     given = (records.labelled, config.supervision.confetti_copies, records.irrelevant)
     places = _places(config, sum(map(bool, given)))
-    _check_counts(config, len(records.normal))
+    _check_counts(config, records.normal)
     parameters = frozen["backbone"]
     with tqdm(desc="checking test images", total=len(records.test), unit="image", file=sys.stderr) as bar:
         test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
-    readable = check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
-    records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0] in readable))
+    check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
+    records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0].key not in dropped))
     normal, features = _extract(config, network, parameters, records.normal, dropped, "features")
-    _check_counts(config, len(normal))  # some may have been left out
+    _check_counts(config, normal)  # some may have been left out
     fit, held = _hold_out(config, normal)
     position = {record.key: i for i, record in enumerate(normal)}
     fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
@@ -132,17 +132,7 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any]) -> Trainin
 
     sources = [_normal_examples(config, fit_features)]
     if records.labelled:
-        labelled, features = _extract(
-            config, network, parameters, [record for record, _ in records.labelled], dropped, "labelled anomalies"
-        )
-        sources.append(
-            _examples(
-                features,
-                mask=np.stack([_grid_mask(config, record, label) for record, label in records.labelled]),
-                label=[record.label or 0 for record in labelled],
-                kind=[_KINDS[label] for _, label in records.labelled],
-            )
-        )
+        sources.append(_labelled_examples(config, network, parameters, records.labelled))
     if config.supervision.confetti_copies:
         sources.append(_confetti_examples(config, network, parameters, fit))
     if records.irrelevant:
@@ -236,6 +226,20 @@ def _normal_examples(config: Config, features: np.ndarray) -> dict[str, np.ndarr
     return _examples(features, mask=None, label=0, kind=_KINDS[config.supervision.normals])
 
 
+def _labelled_examples(
+    config: Config, network: Network, parameters: dict, labelled: Sequence[tuple[Record, Label]]
+) -> dict[str, np.ndarray]:
+    """Labelled images that can be read, each with what is to be known of it."""
+    records = [record for record, _ in labelled]
+    _, features = _extract(config, network, parameters, records, {}, "labelled anomalies")
+    return _examples(
+        features,
+        mask=np.stack([_grid_mask(config, record, label) for record, label in labelled]),
+        label=[record.label or 0 for record in records],
+        kind=[_KINDS[label] for _, label in labelled],
+    )
+
+
 def _grid_mask(config: Config, record: Record, label: Label) -> np.ndarray:
     """The mask of a labelled image on the grid, [h,w]; empty where its mask is not to be known."""
     grid = (config.features.grid,) * 2
@@ -296,14 +300,14 @@ def _places(config: Config, sources: int) -> list[int]:
     return [size - anomalous, *np.diff(np.round(np.linspace(0, anomalous, sources + 1)).astype(int)).tolist()]
 
 
-def _check_counts(config: Config, normal: int) -> None:
+def _check_counts(config: Config, normal: Sequence[Record]) -> None:
     """Raise where there are too few normal images for what is asked, before any is decoded."""
-    folds = config.scoring.folds
-    if normal < 2:
-        raise InputError(f"{config.data.root}: {normal} normal training images; at least 2 are needed, one held out")
-    if folds > normal:
-        raise InputError(f"scoring.folds: {folds} folds of {normal} normal training images")
-    fitted = normal - (-(-normal // folds) if folds else max(round(config.scoring.held_out * normal), 1))
+    folds, count = config.scoring.folds, len(normal)
+    if count < 2:
+        raise InputError(f"{config.data.root}: {count} normal training images; at least 2 are needed, one held out")
+    if folds > count:
+        raise InputError(f"scoring.folds: {folds} folds of {count} normal training images")
+    fitted = count - -(-count // folds) if folds else len(_hold_out(config, normal)[0])
     cells = fitted * config.features.grid**2
     if config.reconstructor.kind == "nearest" and config.reconstructor.cells > cells:
         raise InputError(

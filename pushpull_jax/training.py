@@ -24,17 +24,10 @@ from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check, flatten
 from pushpull_jax.data.manifest import fingerprint
-from pushpull_jax.data.sources import read_records
-from pushpull_jax.detector import (
-    build_network,
-    initial_state,
-    load_frozen,
-    read_network,
-    restore_parameters,
-)
+from pushpull_jax.detector import build_network, load_frozen, read_network, restore_parameters
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
-from pushpull_jax.examples import TrainingData, prepare, read_run
+from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
 from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
 from pushpull_jax.objectives import configured_loss
 from pushpull_jax.steps import LossFunction
@@ -92,12 +85,13 @@ def train(
     # What was passed from Python stands beside the config: a resumed run must have been given the same.
     given = {"loss": name, "reconstructor": repr(described.reconstructor)}
     resumed = files.check_startable(folder, config)
+    records = read_run(config)  # wrong data are said before weights are downloaded
     if resumed:
-        _check_same(folder, config, given)
+        _check_same(folder, records, given)
         if _is_finished(folder, config):
             files.write_config(folder, config, **files.read_config(folder)[1])
             _say(f"{folder} is finished")
-            return _evaluated(folder, reconstructor)
+            return _evaluated(folder, records, reconstructor)
     start = _read_start(config, reconstructor) if config.training.start else None
     if resumed:
         _, network = read_network(folder, reconstructor=reconstructor)
@@ -105,11 +99,10 @@ def train(
     elif start:
         network, frozen = build_network(config, backbone=start.backbone, reconstructor=reconstructor), start.frozen
     else:
-        read_run(config)  # wrong data are said before weights are downloaded
         backbone, parameters = load_backbone(config.features.backbone, weights=config.features.weights or None)
         network = build_network(config, backbone=backbone, reconstructor=reconstructor)
         frozen = {"backbone": parameters}
-    data = prepare(config, network, frozen)
+    data = prepare(config, network, frozen, records)
     if start:
         data.summary["start"] = _check_start(start, data)
     if resumed:
@@ -128,9 +121,9 @@ def train(
         save_parameters(folder / files.BACKBONE, data.frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
         files.write_config(folder, config, **rest, **given)
-    first = start.parameters if start else initial_state(config, network).parameters
+    first = start.parameters if start else None
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, data.normal))
-    state = fit(config, program, data.examples, data.pools, folder, start=start and start.parameters)
+    state = fit(config, program, data.examples, data.pools, folder, start=first)
     trained = data.frozen | {"reconstructor": state.parameters}
     sums = residual_sums(program, trained, np.concatenate([data.normal, data.held]))
     if sums:
@@ -140,7 +133,7 @@ def train(
     else:
         held = score_held_out(program, trained, sums, data.held)
     _write_threshold(folder, config, data, *held)
-    return _evaluated(folder, reconstructor)
+    return _evaluated(folder, records, reconstructor)
 
 
 def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: np.ndarray, peaks: np.ndarray) -> None:
@@ -160,12 +153,10 @@ def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: n
     files.write_json(folder / files.THRESHOLD, values)
 
 
-def _evaluated(folder: Path, reconstructor: nn.Module | None) -> dict[str, Any]:
+def _evaluated(folder: Path, records: RunRecords, reconstructor: nn.Module | None) -> dict[str, Any]:
     """The evaluation of a finished run; empty where the data have no test images."""
-    config, run = files.read_config(folder)
-    records = read_records(config.data.source, config.data.root, config.data.category)
-    if not any(record.split == "test" and record.key not in run["data"]["out_of_test"] for record in records):
-        _say(f"{config.data.category} has no test images: the detector is ready, and cannot be evaluated")
+    if not records.test:
+        _say("there are no test images: the detector is ready, and cannot be evaluated")
         return {}
     return evaluate(folder, reconstructor=reconstructor)
 
@@ -241,14 +232,14 @@ def _is_finished(folder: Path, config: Config) -> bool:
         return (folder / files.THRESHOLD).is_file() and checkpoints.latest == config.training.steps
 
 
-def _check_same(folder: Path, config: Config, given: dict[str, str]) -> None:
+def _check_same(folder: Path, records: RunRecords, given: dict[str, str]) -> None:
     """Raise unless a run was started with the same data, loss and reconstructor."""
     run = files.read_config(folder)[1]
     for name, value in given.items():
         if run[name] != value:
             raise InputError(f"workdir {folder} holds a run with another {name}: {run[name]} there, {value} here")
     there = run["data"]
-    here = fingerprint([record for record in read_run(config).all if record.key not in there["left_out"]])
+    here = fingerprint([record for record in records.all if record.key not in there["left_out"]])
     if there["fingerprint"] != here:
         raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
 

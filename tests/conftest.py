@@ -1,5 +1,6 @@
 """What holds for every test: eight fake CPU devices, no silent rank promotion, and the shared data where they are."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -25,3 +26,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the folder of real images is absent: {folder.name}; PUSHPULL_SHARED names it")
     return folder
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """A context in which a training stops as soon as the checkpoint of a step is written, and must stop there."""
+    from pushpull_jax.checkpoint import Checkpoints  # not before the environment above is set
+
+    @contextlib.contextmanager
+    def stopped_at(step: int):
+        save = Checkpoints.save
+
+        def save_then_stop(self, state):
+            save(self, state)
+            if int(state.step) == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoints, "save", save_then_stop)
+            yield
+
+    return stopped_at

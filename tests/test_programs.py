@@ -189,18 +189,10 @@ def test_two_runs_of_one_command_are_bitwise_equal(run, config, tmp_path):
     assert (run / "predictions.csv").read_text() == (tmp_path / "again" / "predictions.csv").read_text()
 
 
-def test_a_stopped_run_resumes_to_the_same_numbers(run, config, tmp_path, monkeypatch):
-    workdir, save = tmp_path / "stopped", Checkpoints.save
-
-    def save_then_stop(self, state):
-        save(self, state)
-        if int(state.step) == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, workdir)
+def test_a_stopped_run_resumes_to_the_same_numbers(run, config, tmp_path, stopped_at):
+    workdir = tmp_path / "stopped"
+    with stopped_at(8):
+        train(config, workdir)
     assert not (workdir / "metrics.json").exists()
     with pytest.raises(InputError, match="not finished"):
         pushpull_jax.load(workdir)

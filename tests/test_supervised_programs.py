@@ -81,7 +81,7 @@ def everything(normal_only, irrelevant) -> Config:
 def prepared(everything):
     backbone, parameters = load_backbone("efficientnet_lite0")
     network = build_network(everything, backbone=backbone)
-    return network, parameters, prepare(everything, network, {"backbone": parameters})
+    return network, parameters, prepare(everything, network, {"backbone": parameters}, read_run(everything))
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +203,9 @@ def test_a_run_that_starts_from_another(labelled_run, normal_run, started, norma
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_a_run_with_labels_resumes_to_the_same_numbers(labelled_run, started, tmp_path, monkeypatch):
-    save = Checkpoints.save
-
-    def save_then_stop(self, state):
-        save(self, state)
-        if int(state.step) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(started, tmp_path / "stopped")
+def test_a_run_with_labels_resumes_to_the_same_numbers(labelled_run, started, tmp_path, stopped_at):
+    with stopped_at(2):
+        train(started, tmp_path / "stopped")
     train(started, tmp_path / "stopped")
     both = [parameters_of(folder, started) for folder in (labelled_run, tmp_path / "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *both)
