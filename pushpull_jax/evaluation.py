@@ -8,48 +8,23 @@ import csv
 import io
 import math
 import os
-import sys
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax import metrics, report
 from pushpull_jax import workdir as files
 from pushpull_jax.config import Config, to_dict
 from pushpull_jax.data.images import read_image, resize_image
-from pushpull_jax.data.manifest import Record
-from pushpull_jax.data.pipeline import image_batches
-from pushpull_jax.data.sources import read_records
-from pushpull_jax.detector import BATCH_SIZE, Detector, load
-from pushpull_jax.errors import InputError
+from pushpull_jax.detector import Detector, load
+from pushpull_jax.scored import Pixels, Scored, score
+from pushpull_jax.streaming_metrics import PixelHistogram
 
 FPR_LIMIT = 0.3
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
-
-
-class Scored(NamedTuple):
-    """The test images that could be read, with what the detector says of them."""
-
-    records: tuple[Record, ...]
-    scores: np.ndarray  # [N] float32
-    maps: np.ndarray  # [N,S,S] float32
-    masks: np.ndarray  # [N,S,S] bool
-    has_mask: np.ndarray  # [N] bool: whether the truth of the pixels is known
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.asarray([record.label for record in self.records], bool)
-
-    def of_category(self, category: str) -> "Scored":
-        """Those of one category."""
-        own = np.asarray([record.category == category for record in self.records])
-        records = tuple(record for record in self.records if record.category == category)
-        return Scored(records, self.scores[own], self.maps[own], self.masks[own], self.has_mask[own])
 
 
 def evaluate(
@@ -86,40 +61,6 @@ def evaluate(
     return result
 
 
-def score(detector: Detector, config: Config, *, without: Collection[str] = ()) -> tuple[Scored, dict[str, str]]:
-    """Scores, maps and masks of the test images of a config's category, and why some were left out, if told to.
-
-    Args:
-        detector: of the run.
-        config: of the run.
-        without: keys of test images that were trained on, or withheld.
-    """
-    records = read_records(config.data.source, config.data.root, config.data.category)
-    records = tuple(record for record in records if record.split == "test" and record.key not in without)
-    dropped: dict[str, str] = {}
-    batches = image_batches(
-        records,
-        image_size=config.data.image_size,
-        batch_size=BATCH_SIZE,
-        resize=config.data.resize,
-        with_masks=True,
-        on_unreadable=config.data.on_unreadable,
-        dropped=dropped,
-    )
-    columns = []
-    bar = tqdm(batches, desc="scoring", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
-    for batch in bar:
-        columns.append((*detector.detect_resized(batch["image"]), batch["mask"], batch["has_mask"]))
-    if not columns:
-        raise InputError(
-            f"{config.data.root}: none of {len(records)} test images of {config.data.category} can be read"
-        )
-    scores, maps, masks, has_mask = (np.concatenate(column) for column in zip(*columns, strict=True))
-    for key, reason in dropped.items():
-        tqdm.write(f"left out {key}: {reason}", file=sys.stderr)
-    return Scored(tuple(r for r in records if r.key not in dropped), scores, maps, masks, has_mask), dropped
-
-
 def measure_categories(scored: Scored, threshold: float) -> dict[str, Any]:
     """`measure`; of several categories the mean of each metric over them, and "categories" with those of each."""
     categories = sorted({record.category for record in scored.records})
@@ -128,18 +69,28 @@ def measure_categories(scored: Scored, threshold: float) -> dict[str, Any]:
     parts = {name: measure(scored.of_category(name), threshold) for name in categories}
     # Where a category has no answer, the mean over all of them has none either.
     means = {name: float(np.mean([part[name] for part in parts.values()])) for name in METRICS}
-    return means | count_verdicts(scored, threshold) | {"averaged_over": "categories", "categories": parts}
+    precision = {"pixel_metrics": parts[categories[0]]["pixel_metrics"]}
+    if all(bounds := [part.get("pixel_metrics_bounds") for part in parts.values()]):
+        precision["pixel_metrics_bounds"] = {n: float(np.mean([bound[n] for bound in bounds])) for n in bounds[0]}
+    return means | precision | count_verdicts(scored, threshold) | {"averaged_over": "categories", "categories": parts}
 
 
 def measure(scored: Scored, threshold: float) -> dict[str, Any]:
-    """All metrics of scored images, and the verdicts at the threshold."""
-    known = scored.has_mask
+    """All metrics of scored images, how those over pixels were computed, and the verdicts at the threshold."""
+    pixels = scored.pixels
     result = metrics.image_metrics(scored.labels, scored.scores)
-    if scored.masks.any():
-        result |= metrics.pixel_metrics(scored.masks[known], scored.maps[known], fpr_limit=FPR_LIMIT)
+    if pixels.has_regions:
+        result |= pixels.metrics(fpr_limit=FPR_LIMIT)
     else:  # one-class data sets have no masks: that is no reason to warn
         result |= {name: math.nan for name in METRICS if name not in result}
-    return result | count_verdicts(scored, threshold)
+    return result | _precision(pixels) | count_verdicts(scored, threshold)
+
+
+def _precision(pixels: Pixels) -> dict[str, Any]:
+    """How far the metrics over pixels can be from those of all scores in their order."""
+    if not isinstance(pixels, PixelHistogram):
+        return {"pixel_metrics": "exact"}
+    return {"pixel_metrics": "histogram", "pixel_metrics_bounds": pixels.bounds(fpr_limit=FPR_LIMIT)}
 
 
 def count_verdicts(scored: Scored, threshold: float) -> dict[str, Any]:
@@ -171,8 +122,7 @@ def _write_report(
     folder: Path, config: Config, run: dict[str, Any], scored: Scored, detector: Detector, result: dict[str, Any]
 ) -> None:
     threshold = files.read_json(folder / files.THRESHOLD)
-    known = scored.has_mask
-    groups = report.choose_cases(scored.labels, scored.scores, detector.threshold)
+    pixels = scored.pixels
     contents = report.Report(
         title=f"{config.data.category} · {folder.name}",
         metrics={name: result[name] for name in METRICS},
@@ -184,9 +134,9 @@ def _write_report(
         scores=scored.scores,
         defect_types=[record.defect_type for record in scored.records],
         roc=metrics.roc_curve(scored.labels, scored.scores),
-        pro=metrics.pro_curve(scored.masks[known], scored.maps[known]) if scored.masks[known].any() else None,
+        pro=pixels.pro_curve() if pixels.has_regions else None,
         pro_limit=FPR_LIMIT,
-        cases=[_case(scored, i, config) for i in sorted({int(i) for group in groups.values() for i in group})],
+        cases=[_case(scored, i, config) for i, record in enumerate(scored.records) if record.key in scored.shown],
         history=files.read_lines(folder / files.LOG),
         config=to_dict(config),
         details=_details(run, result),
@@ -197,6 +147,7 @@ def _write_report(
 def _case(scored: Scored, i: int, config: Config) -> report.Case:
     """One test image as the report shows it: at the size of the run, as the detector saw it."""
     record = scored.records[i]
+    shown = scored.shown[record.key]
     image = resize_image(read_image(record), size=config.data.image_size, mode=config.data.resize)
     return report.Case(
         key=record.key,
@@ -204,8 +155,8 @@ def _case(scored: Scored, i: int, config: Config) -> report.Case:
         label=record.label,
         score=float(scored.scores[i]),
         image=np.rint(image).astype(np.uint8),
-        mask=scored.masks[i] if scored.has_mask[i] else None,
-        map=scored.maps[i],
+        mask=shown.mask,
+        map=shown.map,
     )
 
 
@@ -226,6 +177,13 @@ def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
         "images": f"{data['train']} to train, {len(data['held_out'])} held out, {result['images']} to test",
         "anomalies trained on": shown,
         "resolution of pixel metrics": f"{result['resolution']} px; masks {result['mask_rule']}",
+        "pixel metrics": _said(result),
         "false-positive rate limit of AU-PRO": str(result["fpr_limit"]),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
+
+
+def _said(result: dict[str, Any]) -> str:
+    """How the pixel metrics were computed, for people."""
+    bounds = result.get("pixel_metrics_bounds", {})
+    return ", ".join((result["pixel_metrics"], *(f"{name} within {bound:.1e}" for name, bound in bounds.items())))

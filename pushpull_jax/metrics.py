@@ -2,20 +2,21 @@
 
 Truth comes first and scores second, of one shape: labels [N] or masks [N,H,W], 1 anomalous. A missing class gives nan
 and a DegenerateInputWarning; other shapes, truth other than 0 and 1, and NaN scores are a ValueError. Nothing is
-clamped, binned, flipped or fitted. Scores are sorted once, in the dtype they come in; every metric is a sum over the
-vertices of one curve, a vertex for each distinct score, so that ties always count together. The curve is walked in
-blocks in float64: a call on float32 maps takes less than 8 times their memory, the arguments included.
+clamped, binned, flipped or fitted. Every score is sorted once, in the dtype it comes in: normal ones apart from
+anomalous ones, which alone move the curve that every metric is a sum over (`ranking`). A call on float32 maps takes
+less than 8 times their memory, the arguments included.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-_BLOCK = 2**16  # pixels walked at a time: a megabyte or two of float64 temporaries, small beside any stack of maps
+from pushpull_jax import ranking
+from pushpull_jax.ranking import Groups, checked
 
 
 class DegenerateInputWarning(UserWarning):
@@ -32,7 +33,7 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     Returns:
         The area; nan, with a warning, where a class is missing.
     """
-    return _measure(_image_ranking(labels, scores), _roc_area)[0]
+    return _measure(_images(labels, scores), ranking.roc_area)[0]
 
 
 def pixel_auroc(masks: ArrayLike, maps: ArrayLike) -> float:
@@ -45,7 +46,7 @@ def pixel_auroc(masks: ArrayLike, maps: ArrayLike) -> float:
     Returns:
         The area; nan, with a warning, where a class is missing.
     """
-    return _measure(_rank(*_checked("masks", masks, "maps", maps, "[N,H,W]")), _roc_area)[0]
+    return _measure(_pixels("masks", masks, "maps", maps, "[N,H,W]"), ranking.roc_area)[0]
 
 
 def average_precision(truth: ArrayLike, scores: ArrayLike) -> float:
@@ -58,7 +59,7 @@ def average_precision(truth: ArrayLike, scores: ArrayLike) -> float:
     Returns:
         The average precision; nan, with a warning, where a class is missing.
     """
-    return _measure(_rank(*_checked("truth", truth, "scores", scores)), _mean_precision)[0]
+    return _measure(_pixels("truth", truth, "scores", scores), ranking.mean_precision)[0]
 
 
 def f1_max(truth: ArrayLike, scores: ArrayLike) -> float:
@@ -71,7 +72,7 @@ def f1_max(truth: ArrayLike, scores: ArrayLike) -> float:
     Returns:
         The best F1; nan, with a warning, where a class is missing.
     """
-    return _measure(_rank(*_checked("truth", truth, "scores", scores)), _best_f1)[0]
+    return _measure(_pixels("truth", truth, "scores", scores), ranking.best_f1)[0]
 
 
 def aupro(masks: ArrayLike, maps: ArrayLike, *, fpr_limit: float = 0.3) -> float:
@@ -94,7 +95,8 @@ def aupro(masks: ArrayLike, maps: ArrayLike, *, fpr_limit: float = 0.3) -> float
     Raises:
         ValueError: fpr_limit is outside (0, 1], beside what every metric refuses.
     """
-    return _measure(_region_ranking(masks, maps), _pro_area_up_to(fpr_limit))[0]
+    ranking.check_fpr_limit(fpr_limit)
+    return _measure(_regions(masks, maps), partial(ranking.pro_area, fpr_limit=fpr_limit))[0]
 
 
 def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
@@ -105,7 +107,7 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     Returns:
         A float for each name; all nan, with one warning, where a class is missing.
     """
-    values = _measure(_image_ranking(labels, scores), _roc_area, _mean_precision, _best_f1)
+    values = _measure(_images(labels, scores), ranking.roc_area, ranking.mean_precision, ranking.best_f1)
     return dict(zip(("image_auroc", "image_ap", "image_f1max"), values, strict=True))
 
 
@@ -117,37 +119,37 @@ def pixel_metrics(masks: ArrayLike, maps: ArrayLike, *, fpr_limit: float = 0.3) 
     Returns:
         A float for each name; all nan, with one warning, where a class is missing.
     """
-    metrics = (_roc_area, _mean_precision, _best_f1, _pro_area_up_to(fpr_limit))
-    values = _measure(_region_ranking(masks, maps), *metrics)
-    return dict(zip(("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"), values, strict=True))
+    ranking.check_fpr_limit(fpr_limit)
+    return measure_pixels(_regions(masks, maps), fpr_limit=fpr_limit, stacklevel=3)
 
 
 def roc_curve(truth: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve: (FPR, TPR) at every distinct score, from the highest.
+    """The ROC curve by its corners, from the highest score.
+
+    It has a corner for each distinct score of the anomalous, and one where the normal ones above that score end: what
+    lies between two of them is straight, whatever its scores are.
 
     Args: those of `average_precision`.
 
     Returns:
-        fpr and tpr, each [1 + distinct scores] float64, from (0, 0) to (1, 1). The rate
-        of a missing class is nan, with a warning.
+        fpr and tpr, each [corners] float64, from (0, 0) to (1, 1). The rate of a missing class is nan, with a warning.
     """
-    ranking = _rank(*_checked("truth", truth, "scores", scores))
-    _warn_if_one_class(ranking, stacklevel=3)
-    return _whole_curve(ranking, ranking.pixel_weights())
+    groups = _pixels("truth", truth, "scores", scores)
+    warn_if_one_class(groups, stacklevel=3)
+    return ranking.whole_curve(groups, groups.anomalous)
 
 
 def pro_curve(masks: ArrayLike, maps: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The per-region-overlap curve of `aupro`: (FPR, PRO) at every distinct score, from the highest, over all rates.
+    """The per-region-overlap curve of `aupro` over all rates, by its corners as those of `roc_curve`.
 
     Args: those of `pixel_auroc`.
 
     Returns:
-        fpr and pro, each [1 + distinct scores] float64, from (0, 0) to (1, 1). The rate
-        of a missing class is nan, with a warning.
+        fpr and pro, each [corners] float64, from (0, 0) to (1, 1). The rate of a missing class is nan, with a warning.
     """
-    ranking = _region_ranking(masks, maps)
-    _warn_if_one_class(ranking, stacklevel=3)
-    return _whole_curve(ranking, ranking.region_weights())
+    groups = _regions(masks, maps)
+    warn_if_one_class(groups, stacklevel=3)
+    return ranking.whole_curve(groups, groups.overlap)
 
 
 def thin_curve(x: np.ndarray, y: np.ndarray, *, points: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -178,82 +180,22 @@ def thin_curve(x: np.ndarray, y: np.ndarray, *, points: int = 500) -> tuple[np.n
     return x[kept], y[kept]
 
 
-class _Ranking(NamedTuple):
-    """Pixels (or images) from the highest score to the lowest: all that any metric needs to know of them."""
+def measure_pixels(groups: Groups, *, fpr_limit: float, stacklevel: int = 2) -> dict[str, float]:
+    """`pixel_metrics` of pixels that are grouped already.
 
-    regions: np.ndarray  # [P] unsigned or int32: 0 normal, else the number of the region
-    closes: np.ndarray  # [P] bool: the last of its group of tied scores, hence a vertex of the curve
-    areas: np.ndarray  # [1 + regions] int64: pixels of each region, the normal ones first
-
-    @property
-    def normal(self) -> int:
-        return int(self.areas[0])
-
-    @property
-    def anomalous(self) -> int:
-        return int(self.areas[1:].sum())
-
-    def pixel_weights(self) -> np.ndarray:
-        """[1 + regions] float64 that let every anomalous pixel weigh 1."""
-        return np.concatenate(([0.0], np.ones(len(self.areas) - 1)))
-
-    def region_weights(self) -> np.ndarray:
-        """[1 + regions] float64 that let every region weigh 1."""
-        return np.concatenate(([0.0], 1.0 / self.areas[1:]))
+    Args:
+        groups: with overlaps.
+        fpr_limit: in (0, 1].
+        stacklevel: whom the warning blames, 1 being this function.
+    """
+    areas = (ranking.roc_area, ranking.mean_precision, ranking.best_f1, partial(ranking.pro_area, fpr_limit=fpr_limit))
+    values = _measure(groups, *areas, stacklevel=stacklevel + 2)
+    return dict(zip(("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"), values, strict=True))
 
 
-def _rank(regions: np.ndarray, scores: np.ndarray) -> _Ranking:
-    order = np.argsort(scores, axis=None)
-    ranked = scores.ravel()[order]
-    opens = np.ones(ranked.size, bool)
-    np.not_equal(ranked[1:], ranked[:-1], out=opens[1:])
-    areas = np.bincount(regions.ravel(), minlength=1)
-    return _Ranking(regions.ravel()[order][::-1], opens[::-1], areas)
-
-
-def _image_ranking(labels: ArrayLike, scores: ArrayLike) -> _Ranking:
-    return _rank(*_checked("labels", labels, "scores", scores, "[N]"))
-
-
-def _region_ranking(masks: ArrayLike, maps: ArrayLike) -> _Ranking:
-    from scipy import ndimage  # a third of a second to import
-
-    masks, maps = _checked("masks", masks, "maps", maps, "[N,H,W]")
-    within_image = np.zeros((3, 3, 3), bool)
-    within_image[1] = True
-    return _rank(ndimage.label(masks, within_image)[0], maps)
-
-
-def _checked(
-    truth_name: str, truth: ArrayLike, scores_name: str, scores: ArrayLike, layout: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Truth as uint8 and scores in a dtype that orders them as given, or a ValueError that names the fault."""
-    truth, scores = np.asarray(truth), np.asarray(scores)
-    if truth.shape != scores.shape or (layout and truth.ndim != layout.count(",") + 1):
-        found = f"{truth_name} {truth.shape} and {scores_name} {scores.shape}"
-        raise ValueError(f"{found} must have the same shape {layout or ''}".rstrip())
-    if truth.dtype == bool:
-        truth = truth.view(np.uint8)
-    else:
-        _refuse((truth != 0) & (truth != 1), truth, truth_name, "neither 0 nor 1")
-        truth = truth.astype(np.uint8, copy=False)
-    if scores.dtype.kind not in "iuf" or scores.dtype.itemsize < 4:
-        if not np.can_cast(scores.dtype, np.float32):
-            raise ValueError(f"{scores_name} must hold real numbers, got dtype {scores.dtype}")
-        scores = scores.astype(np.float32)
-    _refuse(scores != scores, scores, scores_name, "NaN")
-    return truth, scores
-
-
-def _refuse(faulty: np.ndarray, values: np.ndarray, name: str, what: str) -> None:
-    count = np.count_nonzero(faulty)
-    if count:
-        first = tuple(int(i) for i in np.unravel_index(np.argmax(faulty), faulty.shape))
-        raise ValueError(f"{name}: {count} of {faulty.size} values are {what}, first {values[first]} at {first}")
-
-
-def _warn_if_one_class(ranking: _Ranking, *, stacklevel: int) -> bool:
-    counts = {"anomalous": ranking.anomalous, "normal": ranking.normal}
+def warn_if_one_class(groups: Groups, *, stacklevel: int) -> bool:
+    """Whether a class is missing; then also a DegenerateInputWarning that names it."""
+    counts = {"anomalous": groups.anomalous_total, "normal": groups.normal_total}
     missing = " or ".join(name for name, count in counts.items() if not count)
     if missing:
         message = f"undefined, nan is returned: of {sum(counts.values())} truth values none is {missing}"
@@ -261,70 +203,23 @@ def _warn_if_one_class(ranking: _Ranking, *, stacklevel: int) -> bool:
     return bool(missing)
 
 
-def _measure(ranking: _Ranking, *metrics: Callable[[_Ranking], float]) -> list[float]:
-    if _warn_if_one_class(ranking, stacklevel=4):
+def _measure(groups: Groups, *metrics: Callable[[Groups], float], stacklevel: int = 4) -> list[float]:
+    if warn_if_one_class(groups, stacklevel=stacklevel):
         return [math.nan] * len(metrics)
-    return [float(metric(ranking)) for metric in metrics]
+    return [metric(groups) for metric in metrics]
 
 
-def _curve(ranking: _Ranking, weights: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The curve's vertices from (0, 0), in blocks that each start with the last vertex of the block before.
-
-    Yields:
-        x, normal pixels passed, and y, sum of weights[region] over the anomalous pixels passed: each [V] float64.
-    """
-    vertex_x = vertex_y = passed_x = passed_y = 0.0
-    for start in range(0, ranking.closes.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        regions, closes = ranking.regions[block], ranking.closes[block]
-        x = passed_x + np.cumsum(regions == 0, dtype=np.float64)
-        y = passed_y + np.cumsum(weights[regions])
-        passed_x, passed_y = x[-1], y[-1]
-        x, y = np.concatenate(([vertex_x], x[closes])), np.concatenate(([vertex_y], y[closes]))
-        vertex_x, vertex_y = x[-1], y[-1]
-        yield x, y
+def _images(labels: ArrayLike, scores: ArrayLike) -> Groups:
+    return _pixels("labels", labels, "scores", scores, "[N]")
 
 
-def _whole_curve(ranking: _Ranking, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The curve in one piece, each axis divided by its last value."""
-    whole_x, whole_y = np.zeros((2, 1 + np.count_nonzero(ranking.closes)))
-    at = 0
-    for x, y in _curve(ranking, weights):
-        whole_x[at : at + x.size], whole_y[at : at + y.size] = x, y
-        at += x.size - 1
-    whole_x /= whole_x[-1] or math.nan
-    whole_y /= whole_y[-1] or math.nan
-    return whole_x, whole_y
+def _pixels(
+    truth_name: str, truth: ArrayLike, scores_name: str, scores: ArrayLike, layout: str | None = None
+) -> Groups:
+    truth, scores = checked(truth_name, truth, scores_name, scores, layout)
+    return ranking.group_scores(scores[~truth], scores[truth])
 
 
-def _roc_area(ranking: _Ranking) -> float:
-    area = sum(np.sum(np.diff(fp) * (tp[1:] + tp[:-1])) for fp, tp in _curve(ranking, ranking.pixel_weights()))
-    return area / (2.0 * ranking.normal * ranking.anomalous)
-
-
-def _mean_precision(ranking: _Ranking) -> float:
-    curve = _curve(ranking, ranking.pixel_weights())
-    return sum(np.sum(np.diff(tp) * tp[1:] / (tp[1:] + fp[1:])) for fp, tp in curve) / ranking.anomalous
-
-
-def _best_f1(ranking: _Ranking) -> float:
-    # 2 TP + FP + FN = (TP + FP) + (TP + FN), and TP + FN is the number of anomalous pixels.
-    return max(np.max(2.0 * tp / (tp + fp + ranking.anomalous)) for fp, tp in _curve(ranking, ranking.pixel_weights()))
-
-
-def _pro_area_up_to(fpr_limit: float) -> Callable[[_Ranking], float]:
-    if not 0.0 < fpr_limit <= 1.0:
-        raise ValueError(f"fpr_limit must be in (0, 1], got {fpr_limit}")
-
-    def pro_area(ranking: _Ranking) -> float:
-        limit = fpr_limit * ranking.normal
-        area = 0.0
-        for fp, overlap in _curve(ranking, ranking.region_weights()):
-            width = np.diff(np.minimum(fp, limit))
-            # Of the step that crosses the limit only a part counts, and there the overlap has risen by that part alone.
-            part = width / np.maximum(np.diff(fp), 1.0)
-            area += np.sum(width * (overlap[:-1] + 0.5 * part * np.diff(overlap)))
-        # The last overlap is the number of regions, up to the rounding that the whole curve shares.
-        return area / (limit * overlap[-1])
-
-    return pro_area
+def _regions(masks: ArrayLike, maps: ArrayLike) -> Groups:
+    masks, maps = checked("masks", masks, "maps", maps, "[N,H,W]")
+    return ranking.group_scores(maps[~masks], maps[masks], ranking.region_areas(masks))
