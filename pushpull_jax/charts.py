@@ -1,11 +1,14 @@
-"""Small charts as inline SVG text: score histogram, rate curve (ROC, PRO) and a quantity over the training steps.
+"""Small charts as inline SVG text: score histogram, rate curve (ROC, PRO), a quantity over the training steps of one
+run or of many, and a metric of many runs against one of their settings.
 
 Each function takes arrays and returns one <svg> element without colours of its own: the page that holds it styles the
-classes grid, axis, normal, anomalous, curve, area, mark and guide, so that charts follow its light or dark theme.
-All share one view box; a chart fills the width it is given.
+classes grid, axis, normal, anomalous, curve, area, mark, guide, member and mean, so that charts follow its light or
+dark theme. All share the width of one view box; a chart fills the width it is given.
 """
 
+import html
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +19,10 @@ from pushpull_jax.metrics import thin_curve
 _WIDTH, _HEIGHT = 400, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 380, 10, 208
 _POINTS = 300  # of a curve: nearly one for each unit of the view box
+_LETTER = 6.6  # mean width of one at the 12 px that axes have at most
+_LONGEST = 16  # letters of a slanted text: what the margin on the left holds
+_SLANT = 60  # degrees
+_LOG_RATIO = 30  # of the largest to the smallest setting, from which their axis is logarithmic
 
 
 class Histogram(NamedTuple):
@@ -111,16 +118,66 @@ def step_chart(name: str, steps: Sequence[float], values: Sequence[float]) -> st
     Returns:
         An <svg> element.
     """
-    kept = np.unique(np.linspace(0, len(steps) - 1, _POINTS).astype(int))
-    steps, values = np.asarray(steps, np.float64)[kept], np.asarray(values, np.float64)[kept]
-    x = _linear_axis(steps.min(), steps.max(), (_LEFT, _RIGHT))
-    logarithmic = values.min() > 0 and values.max() > 10 * values.min()
-    if logarithmic:
-        values = np.log10(values)
-        y = _decade_axis(values.min(), values.max(), (_BOTTOM, _TOP))
-    else:
-        y = _linear_axis(min(values.min(), 0.0), values.max(), (_BOTTOM, _TOP))
-    return _svg(name, x, y, ("step", name), [_path("curve", x.at(steps), y.at(values))])
+    (x, y), (line,) = _step_axes([_thinned(steps, values)])
+    return _svg(name, x, y, ("step", name), [_path("curve", *line)])
+
+
+def steps_chart(name: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]], *, hints: Sequence[str]) -> str:
+    """Draw a quantity over the training steps of several runs, on one pair of axes as `step_chart` chooses them.
+
+    Args:
+        name: what is drawn; also the title of the vertical axis.
+        curves: of each run steps and values, [P] each and finite, P >= 1, in the order of the steps; at least one run.
+        hints: of each run, what is shown where the pointer rests on its line.
+
+    Returns:
+        An <svg> element.
+    """
+    (x, y), lines = _step_axes([_thinned(*curve) for curve in curves])
+    shapes = [_path("member", *line, hint=hint) for line, hint in zip(lines, hints, strict=True)]
+    return _svg(name, x, y, ("step", name), shapes)
+
+
+def is_numeric(setting: object) -> bool:
+    """Whether a setting has its place on an axis of numbers: a finite number, and not a truth value."""
+    return isinstance(setting, numbers.Real) and not isinstance(setting, bool) and math.isfinite(setting)
+
+
+def setting_chart(
+    name: str, settings: Sequence[float | str], shares: Sequence[float], *, title: str, hints: Sequence[str]
+) -> str:
+    """Draw a metric of several runs against one of their settings: a dot a run, a bar at the mean of several.
+
+    Finite numbers lie on a linear axis, or a logarithmic one where all are positive and the largest is 30 times the
+    smallest or more, and a line joins their means; anything else lies side by side in the order of first appearance.
+
+    Args:
+        name: the metric; also the title of the vertical axis, which spans at least one percent.
+        settings: [M], M >= 1; all numbers, or else texts.
+        shares: [M], finite, in 0..1; shown in percent.
+        title: the setting's name.
+        hints: [M], what is shown where the pointer rests on a dot.
+
+    Returns:
+        An <svg> element.
+    """
+    places, x, slant = _setting_axis(settings)
+    percents = 100 * np.asarray(shares, np.float64)
+    y = _percent_axis(percents.min(), percents.max())
+    at_place = {place: percents[places == place] for place in np.unique(places).tolist()}
+    means = {place: own.mean() for place, own in at_place.items()}
+    shapes = []
+    if all(map(is_numeric, settings)):
+        shapes.append(_path("mean", x.at(np.array(list(means))), y.at(np.array(list(means.values())))))
+    for place, percent, hint in zip(places, percents, hints, strict=True):
+        centre = f'cx="{x.at(place):.1f}" cy="{y.at(percent):.1f}"'
+        text = html.escape(f"{hint}: {percent:.2f}%")
+        shapes.append(f'<circle class="member" {centre} r="4"><title>{text}</title></circle>')
+    for place, mean in means.items():
+        if at_place[place].size > 1:
+            shapes.append(_segment("mean", (x.at(place) - 7, y.at(mean)), (x.at(place) + 7, y.at(mean))))
+    titles = (html.escape(title), f"{html.escape(name)}, %")
+    return _svg(f"{html.escape(name)} against {html.escape(title)}", x, y, titles, shapes, slant=slant)
 
 
 class _Axis(NamedTuple):
@@ -156,6 +213,58 @@ def _linear_axis(
     return _Axis(low, high, span, list(zip(values, texts, strict=True)))
 
 
+def _percent_axis(low: float, high: float) -> _Axis:
+    """A vertical axis of percents up to 100, over one at least, so that noise does not look like an effect."""
+    margin = max(0.04 * (high - low), (1 - (high - low)) / 2)
+    high = min(high + margin, 100.0)
+    return _linear_axis(min(low - margin, high - 1), high, (_BOTTOM, _TOP))
+
+
+def _setting_axis(settings: Sequence[float | str]) -> tuple[np.ndarray, _Axis, float]:
+    """Where each setting lies on the axis, the axis with the settings as its ticks, and how far slanted ticks hang."""
+    numeric = all(map(is_numeric, settings))
+    distinct = sorted(set(settings)) if numeric else list(dict.fromkeys(settings))
+    places = np.arange(len(distinct), dtype=np.float64)
+    if numeric:
+        places = np.array(distinct, np.float64)
+        if places[0] > 0 and places[-1] >= _LOG_RATIO * places[0]:
+            places = np.log10(places)
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in distinct]
+    margin = (0.06 if numeric else 0.5 / max(len(distinct) - 1, 1)) * (places[-1] - places[0]) or 0.5
+    axis = _Axis(places[0] - margin, places[-1] + margin, (_LEFT, _RIGHT), [])
+    slot = (_RIGHT - _LEFT) / len(distinct)
+    slant = 0.0
+    if not numeric and _LETTER * max(map(len, texts)) > slot:
+        texts = [text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in texts]
+        slant = _LETTER * max(map(len, texts)) * math.sin(math.radians(_SLANT))
+    reached = -math.inf  # the right end of the last text, which the next one keeps clear of
+    for place, text in zip(places.tolist(), texts, strict=True):
+        half = _LETTER if slant else _LETTER * (len(text) + 1) / 2
+        if axis.at(place) - half >= reached:
+            axis.ticks.append((place, html.escape(text)))
+            reached = axis.at(place) + half
+    return places[[distinct.index(value) for value in settings]], axis, slant
+
+
+def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.unique(np.linspace(0, len(steps) - 1, _POINTS).astype(int))
+    return np.asarray(steps, np.float64)[kept], np.asarray(values, np.float64)[kept]
+
+
+def _step_axes(
+    curves: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[tuple[_Axis, _Axis], list[tuple[np.ndarray, np.ndarray]]]:
+    """The axes that hold all curves, and the curves in the units of the view box."""
+    steps, values = (np.concatenate(parts) for parts in zip(*curves, strict=True))
+    low, high = values.min(), values.max()
+    x = _linear_axis(steps.min(), steps.max(), (_LEFT, _RIGHT))
+    if low > 0 and high > 10 * low:
+        y = _decade_axis(np.log10(low), np.log10(high), (_BOTTOM, _TOP))
+        return (x, y), [(x.at(steps), y.at(np.log10(values))) for steps, values in curves]
+    y = _linear_axis(min(low, 0.0), high, (_BOTTOM, _TOP))
+    return (x, y), [(x.at(steps), y.at(values)) for steps, values in curves]
+
+
 def _decade_axis(low: float, high: float, span: tuple[float, float]) -> _Axis:
     """An axis of log10 values with a tick at powers of ten, at most seven of them."""
     first, last = math.floor(low), math.ceil(high)
@@ -168,22 +277,29 @@ def _segment(kind: str, start: tuple[float, float], stop: tuple[float, float]) -
     return f'<line class="{kind}" {ends}></line>'
 
 
-def _path(kind: str, x: np.ndarray, y: np.ndarray) -> str:
+def _path(kind: str, x: np.ndarray, y: np.ndarray, *, hint: str = "") -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return f'<polyline class="{kind}" points="{points}"></polyline>'
+    title = f"<title>{html.escape(hint)}</title>" if hint else ""
+    return f'<polyline class="{kind}" points="{points}">{title}</polyline>'
 
 
-def _svg(name: str, x: _Axis, y: _Axis, titles: tuple[str, str], shapes: list[str]) -> str:
+def _svg(name: str, x: _Axis, y: _Axis, titles: tuple[str, str], shapes: list[str], *, slant: float = 0.0) -> str:
+    """The chart; with a slant, the texts of x hang that far below level ones, and the chart is higher by it."""
     parts = []
     for value, text in x.ticks:
+        at = f"{x.at(value):.1f}"
         parts.append(_segment("grid", (x.at(value), _TOP), (x.at(value), _BOTTOM)))
-        parts.append(f'<text class="axis" x="{x.at(value):.1f}" y="{_BOTTOM + 15}" text-anchor="middle">{text}</text>')
+        place = f'x="{at}" y="{_BOTTOM + 15}" text-anchor="middle"'
+        if slant:
+            place = f'x="{at}" y="{_BOTTOM + 12}" transform="rotate(-{_SLANT} {at} {_BOTTOM + 12})" text-anchor="end"'
+        parts.append(f'<text class="axis" {place}>{text}</text>')
     for value, text in y.ticks:
         parts.append(_segment("grid", (_LEFT, y.at(value)), (_RIGHT, y.at(value))))
         parts.append(f'<text class="axis" x="{_LEFT - 6}" y="{y.at(value) + 4:.1f}" text-anchor="end">{text}</text>')
+    height = round(_HEIGHT + slant)
     middle_x, middle_y = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
-    parts.append(f'<text class="axis" x="{middle_x}" y="{_HEIGHT - 6}" text-anchor="middle">{titles[0]}</text>')
+    parts.append(f'<text class="axis" x="{middle_x}" y="{height - 6}" text-anchor="middle">{titles[0]}</text>')
     turned = f'transform="translate(12 {middle_y}) rotate(-90)" text-anchor="middle"'
     parts.append(f'<text class="axis" {turned}>{titles[1]}</text>')
     drawing = "\n".join([*parts, *shapes])
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">\n{drawing}\n</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{name}">\n{drawing}\n</svg>'
