@@ -83,23 +83,26 @@ def pixel_push_pull_loss(phi: ArrayLike, mask: ArrayLike, *, alpha: ArrayLike = 
     return pull + jnp.where(jnp.sum(mask, axis=(-2, -1)) > 0, push, 0.0)
 
 
-def top_k_score(phi: ArrayLike, *, k: int) -> jax.Array:
+def top_k_score(phi: ArrayLike, *, k: int | jax.Array) -> jax.Array:
     """Mean of the k largest cells, eq. 8: q = (1/k) sum top_k(phi).
 
-    Among equal cells the first in row order are taken, and receive the gradient.
+    Among equal cells the first in row order are taken, and receive the gradient. A traced k, as when several are tried
+    in one program, gives the same from a sort of all cells, of which the first k count.
 
     Args:
         phi: [*B, h, w].
-        k: number of cells, 1 to h*w.
+        k: number of cells, 1 to h*w; an integer, traced or not.
 
     Returns:
-        q, [*B] float32.
+        q, [*B] float32; nan where a traced k is not in 1..h*w.
 
     Raises:
         ValueError: phi has fewer than two axes, or k is not in 1..h*w.
     """
     grid = check_shapes("*B h w", phi=phi)
     cells = grid["h"] * grid["w"]
+    if isinstance(k, jax.core.Tracer):
+        return _top_traced_k(jnp.reshape(jnp.asarray(phi, jnp.float32), (*grid["*B"], cells)), k)
     k = operator.index(k)
     if not 1 <= k <= cells:
         raise ValueError(f"expected k in 1..{cells}, the cells of a {grid['h']}x{grid['w']} grid, got k = {k}")
@@ -107,7 +110,18 @@ def top_k_score(phi: ArrayLike, *, k: int) -> jax.Array:
     return jnp.mean(jax.lax.top_k(flat, k)[0], axis=-1)
 
 
-def image_push_pull_loss(phi: ArrayLike, label: ArrayLike, *, k: int = TOP_K, alpha: ArrayLike = ALPHA) -> jax.Array:
+def _top_traced_k(flat: jax.Array, k: jax.Array) -> jax.Array:
+    """Mean of the k largest of [*B, cells]."""
+    cells = flat.shape[-1]
+    order = jnp.argsort(flat, axis=-1, stable=True, descending=True)
+    ranked = jnp.take_along_axis(flat, order, axis=-1)
+    total = jnp.sum(jnp.where(jnp.arange(cells) < k, ranked, 0.0), axis=-1)
+    return jnp.where((k >= 1) & (k <= cells), total / k, jnp.nan)
+
+
+def image_push_pull_loss(
+    phi: ArrayLike, label: ArrayLike, *, k: int | jax.Array = TOP_K, alpha: ArrayLike = ALPHA
+) -> jax.Array:
     """Push-pull loss of an image with a label only, eq. 9 on the score q of eq. 8.
 
     L = (1 - y) q - alpha y log(1 - exp(-q))
@@ -139,7 +153,7 @@ def push_pull_loss(
     label: ArrayLike,
     mask: ArrayLike,
     *,
-    k: int = TOP_K,
+    k: int | jax.Array = TOP_K,
     alpha: ArrayLike = ALPHA,
 ) -> jax.Array:
     """The loss that each example's own kind of label calls for, so that one batch can mix them.

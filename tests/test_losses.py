@@ -1,5 +1,6 @@
 """The losses against float64 oracles written straight from the paper's equations, numbers by hand, and properties."""
 
+import functools
 import math
 
 import jax
@@ -549,3 +550,27 @@ def test_mixed_shapes_must_agree():
     phi, kind, label, mask = mixed_batch()
     with pytest.raises(ValueError, match="kind"):
         push_pull_loss(phi, kind[:, None], label, mask)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 24, 25])
+def test_a_traced_k_gives_what_top_k_gives_ties_and_gradients_included(k):
+    rng = np.random.default_rng(k)
+    phi = np.float32(rng.integers(0, 4, (3, 5, 5)))  # many ties
+    kinds, labels = np.array([IMAGE_LABEL, IMAGE_LABEL, MASK]), np.array([1, 0, 1], np.float32)
+    masks = np.float32(rng.random((3, 5, 5)) < 0.3)
+
+    def score(phi, k):
+        return top_k_score(phi, k=k).sum()
+
+    def loss(phi, k):
+        return push_pull_loss(phi, kinds, labels, masks, k=k, alpha=0.1).sum()
+
+    for function in (score, loss):
+        fixed = jax.value_and_grad(functools.partial(function, k=k))(phi)
+        traced = jax.jit(jax.value_and_grad(function))(phi, k)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), traced, fixed)
+
+
+def test_a_traced_k_out_of_range_gives_nan():
+    scores = jax.vmap(lambda k: top_k_score(np.ones((2, 2)), k=k))(np.array([0, 1, 4, 5]))
+    np.testing.assert_array_equal(scores, [np.nan, 1, 1, np.nan])
