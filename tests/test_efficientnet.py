@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from pushpull_jax.backbones import BACKBONES, find_backbone
+from pushpull_jax.models import efficientnet
 from pushpull_jax.models.efficientnet import EfficientNet, scaled_width
 from pushpull_jax.weights import load_backbone
 
@@ -182,6 +183,58 @@ def test_both_depthwise_lowerings_give_the_same_trunk(tiny):
     by_convolution = jax.jit(TINY.clone(depthwise="conv").apply)(variables, image)
     for one, expected in zip(by_convolution, ends, strict=True):
         np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Six images, and their stage ends by XLA's own convolutions, all at once."""
+    images = np.random.default_rng(1).normal(size=(6, 32, 32, 3)).astype(np.float32)
+    return images, jax.jit(TINY.clone(depthwise="conv").apply)(tiny[1], images)
+
+
+@pytest.mark.parametrize("images_a_part", [1, 2])
+def test_images_a_few_at_a_time_give_the_same_trunk(tiny, batch, monkeypatch, images_a_part):
+    images, expected = batch
+    # By hand: the second row expands 16 x 16 x 8 to 16 x 16 x 48 float32, the widest tensor of the network.
+    monkeypatch.setattr(efficientnet, "PART_BYTES", images_a_part * 16 * 16 * 48 * 4)
+    lowered = jax.jit(TINY.clone().apply).lower(tiny[1], images)
+    widest = {line.split("->")[-1].strip() for line in lowered.as_text().splitlines() if "16x16x48xf32" in line}
+    assert any(f"tensor<{images_a_part}x16x16x48xf32>" in line for line in widest)
+    assert not any("tensor<6x16x16x48xf32>" in line for line in widest)
+    program = lowered.compile()
+    for one, of_all in zip(program(tiny[1], images), expected, strict=True):
+        np.testing.assert_allclose(one, of_all, rtol=1e-4, atol=1e-5)
+
+
+def test_a_symbolic_batch_is_exported(tiny, batch):
+    images, expected = batch
+    (count,) = jax.export.symbolic_shape("count")
+    exported = jax.export.export(jax.jit(functools.partial(TINY.apply, tiny[1])))(
+        jax.ShapeDtypeStruct((count, 32, 32, 3), jnp.float32)
+    )
+    for one, of_all in zip(exported.call(images), expected, strict=True):
+        np.testing.assert_allclose(one, of_all, rtol=1e-4, atol=1e-5)
+
+
+def test_gpu_and_tpu_get_plain_convolutions_of_the_whole_batch(tiny, batch):
+    lower = jax.export.export(jax.jit(TINY.apply), platforms=["cuda"])
+    text = lower(tiny[1], batch[0]).mlir_module()
+    assert "stablehlo.while" not in text
+    # By hand: a stem and seven depthwise convolutions.
+    assert text.count("stablehlo.convolution") == 8
+
+
+def test_the_trunk_computes_in_bfloat16_on_request(tiny, batch):
+    images, expected = batch
+    net = TINY.clone(dtype=jnp.bfloat16, depthwise="conv")
+    ends = jax.jit(net.apply)(tiny[1], images)
+    # bfloat16 has 8 bits: roundings of 2^-9 a layer, of which some twenty are passed through.
+    for one, in_float32 in zip(ends, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert 1e-4 < relative_error(one.astype(jnp.float32), in_float32) < 5e-2
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0), images))} == {
+        jnp.dtype(jnp.float32)
+    }
 
 
 def relative_error(got, expected):

@@ -1,4 +1,4 @@
-"""Convolutions: padding by hand, the two depthwise lowerings against each other and against slow numpy in float64."""
+"""Convolutions: padding by hand, the two lowerings against each other and slow numpy in float64; batches in parts."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,12 @@ from pushpull_jax.models.layers import (
     Conv,
     Depthwise,
     Pointwise,
+    dense_by_conv,
+    dense_by_shifts,
     depthwise_by_conv,
     depthwise_by_shifts,
     depthwise_conv,
+    in_parts,
     pad_amounts,
 )
 
@@ -72,6 +75,16 @@ def test_lowerings_agree(size, kernel, stride, padding):
     np.testing.assert_allclose(shifts, conv, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["tf", "symmetric"])
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((8, 7), 3, 2), ((5, 6), 3, 1), ((7, 8), 5, 2), ((3, 1), 3, 2)])
+def test_dense_lowerings_agree(size, kernel, stride, padding):
+    x, weights = tensors(6, (2, *size, 3), (kernel, kernel, 3, 4))
+    shifts = dense_by_shifts(x, weights, stride=stride, padding=padding)
+    conv = dense_by_conv(x, weights, stride=stride, padding=padding)
+    assert shifts.shape == conv.shape == (2, -(-size[0] // stride), -(-size[1] // stride), 4)
+    np.testing.assert_allclose(shifts, conv, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("lowering", ["auto", "shift", "conv"])
 def test_depthwise_against_slow_numpy(lowering):
     x, weights = tensors(1, (1, 8, 7, 2), (5, 5, 2))
@@ -93,9 +106,10 @@ def test_auto_sums_shifts_on_cpu():
     assert "convolution(" not in hlo("auto")
 
 
-def test_conv_module_against_slow_numpy():
+@pytest.mark.parametrize("lowering", ["auto", "shift", "conv"])
+def test_conv_module_against_slow_numpy(lowering):
     x, kernel, bias = tensors(3, (2, 8, 7, 3), (3, 3, 3, 4), (4,))
-    layer = Conv(features=4, kernel=3, stride=2, padding="tf")
+    layer = Conv(features=4, kernel=3, stride=2, padding="tf", lowering=lowering)
     got = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     for image, one in zip(x, got, strict=True):
         expected = slow_convolution(image, kernel, stride=2, before=(0, 1), after=(1, 1)) + bias
@@ -131,3 +145,31 @@ def test_parameters_are_float32_and_the_output_has_the_dtype_of_the_input(layer,
     assert {name: leaf.shape for name, leaf in variables["params"].items()} == shapes
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert out.dtype == jnp.bfloat16
+
+
+# Batches in parts.
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "part"),
+    # By hand: the largest divisor of the batch up to the limit, and one image at least.
+    [(6, 0, 1), (6, 1, 1), (6, 2, 2), (6, 4, 3), (6, 6, 6), (6, 50, 6), (7, 5, 1), (1, 3, 1)],
+)
+def test_parts_are_the_largest_that_divide_the_batch(batch, limit, part):
+    shapes = []
+
+    def function(scale, x):
+        shapes.append(x.shape)
+        return x[:, ::2] * scale
+
+    (x,) = tensors(7, (batch, 4, 3))
+    got = in_parts(function, 2.0, x, limit=limit)
+    assert set(shapes) == {(part, 4, 3)}
+    np.testing.assert_array_equal(got, x[:, ::2] * 2)
+
+
+def test_a_symbolic_batch_is_taken_whole():
+    (batch,) = jax.export.symbolic_shape("batch")
+    double = jax.jit(lambda x: in_parts(lambda scale, x: x * scale, 2.0, x, limit=1))
+    exported = jax.export.export(double)(jax.ShapeDtypeStruct((batch, 3), jnp.float32))
+    np.testing.assert_array_equal(exported.call(np.ones((5, 3), np.float32)), np.full((5, 3), 2.0))

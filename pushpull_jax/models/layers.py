@@ -1,11 +1,14 @@
 """Convolutions of the frozen backbones: dense, pointwise and depthwise, NHWC, with the padding of either weight family.
 
 Batch normalisation is folded into kernel and bias when weights are converted, so that a layer here is a
-convolution plus a bias. The depthwise convolution has two lowerings that agree to float rounding: XLA's own, right
-on GPU and TPU, and a sum of shifted slices, which XLA fuses into one loop and which is 10 to 60 times faster on CPU.
+convolution plus a bias. Convolutions have two lowerings that agree to float rounding: XLA's own, right on GPU and TPU,
+and shifted slices for the CPU: a depthwise convolution is their weighted sum, which XLA fuses into one loop and which
+is 10 to 60 times faster there, a dense one of few channels their matrix product.
 """
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Padding = Literal["tf", "symmetric"]
-DepthwiseLowering = Literal["auto", "shift", "conv"]
+Lowering = Literal["auto", "shift", "conv"]
 
 
 def pad_amounts(length: int, *, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
@@ -32,24 +35,29 @@ def _spatial_pads(x: jax.Array, kernel: int, stride: int, padding: Padding) -> l
     return [pad_amounts(length, kernel=kernel, stride=stride, padding=padding) for length in x.shape[1:3]]
 
 
-def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-    """Depthwise convolution of [B,H,W,C] with [k,k,C] as the sum of k*k shifted slices, each times its weight.
+def _shifted(x: jax.Array, size: int, *, stride: int, padding: Padding) -> list[jax.Array]:
+    """The k*k slices [B,H',W',C] of the padded [B,H,W,C] that meet each cell of a kernel, row by row.
 
     For stride 2 the padded rows and columns are first split into phases, so that every slice is contiguous.
     """
-    size, channels = kernel.shape[0], x.shape[-1]
     rows, columns = _spatial_pads(x, size, stride, padding)
     out_h, out_w = ((n + sum(pads) - size) // stride + 1 for n, pads in zip(x.shape[1:3], (rows, columns), strict=True))
     # Padding up to a multiple of the stride makes the phase split a reshape; the extra rows are never read.
     more_h, more_w = ((-(n + sum(pads))) % stride for n, pads in zip(x.shape[1:3], (rows, columns), strict=True))
     x = jnp.pad(x, ((0, 0), (rows[0], rows[1] + more_h), (columns[0], columns[1] + more_w), (0, 0)))
-    x = x.reshape(x.shape[0], x.shape[1] // stride, stride, x.shape[2] // stride, stride, channels)
-    total = 0.0
-    for i in range(size):
-        for j in range(size):
-            phase = x[:, i // stride : i // stride + out_h, i % stride, j // stride : j // stride + out_w, j % stride]
-            total = total + phase * kernel[i, j][None, None, None, :]
-    return total
+    x = x.reshape(x.shape[0], x.shape[1] // stride, stride, x.shape[2] // stride, stride, x.shape[-1])
+    return [
+        x[:, i // stride : i // stride + out_h, i % stride, j // stride : j // stride + out_w, j % stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+    """Depthwise convolution of [B,H,W,C] with [k,k,C] as the sum of k*k shifted slices, each times its weight."""
+    slices = _shifted(x, kernel.shape[0], stride=stride, padding=padding)
+    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
+    return sum(part * weights[i] for i, part in enumerate(slices))
 
 
 def depthwise_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
@@ -64,20 +72,65 @@ def depthwise_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: 
     )
 
 
+def dense_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+    """Convolution of [B,H,W,Cin] with [k,k,Cin,Cout] as one matrix product with k*k*Cin channels of shifted slices."""
+    slices = _shifted(x, kernel.shape[0], stride=stride, padding=padding)
+    return jnp.einsum("bhwc,cd->bhwd", jnp.concatenate(slices, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def dense_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+    """The same convolution by XLA's own."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=_spatial_pads(x, kernel.shape[0], stride, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def lowered(lowering: Lowering, *operands: Any, shift: Callable[..., Any], conv: Callable[..., Any]) -> Any:
+    """One of two functions that agree; "auto" takes `shift` on CPU and `conv` elsewhere, decided when XLA compiles."""
+    if lowering == "auto":
+        return lax.platform_dependent(*operands, cpu=shift, default=conv)
+    return (shift if lowering == "shift" else conv)(*operands)
+
+
 def depthwise_conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding, lowering: DepthwiseLowering = "auto"
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding, lowering: Lowering = "auto"
 ) -> jax.Array:
     """Depthwise convolution; "auto" sums shifts on CPU and convolves elsewhere, decided when XLA compiles."""
+    shift, conv = (
+        functools.partial(by, stride=stride, padding=padding) for by in (depthwise_by_shifts, depthwise_by_conv)
+    )
+    return lowered(lowering, x, kernel, shift=shift, conv=conv)
 
-    def shift(x, kernel):
-        return depthwise_by_shifts(x, kernel, stride=stride, padding=padding)
 
-    def conv(x, kernel):
-        return depthwise_by_conv(x, kernel, stride=stride, padding=padding)
+def dense_conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding, lowering: Lowering = "conv"
+) -> jax.Array:
+    """Dense convolution; "shift" and "auto" are for few input channels, since the slices of all are written out."""
+    shift, conv = (functools.partial(by, stride=stride, padding=padding) for by in (dense_by_shifts, dense_by_conv))
+    return lowered(lowering, x, kernel, shift=shift, conv=conv)
 
-    if lowering == "auto":
-        return lax.platform_dependent(x, kernel, cpu=shift, default=conv)
-    return shift(x, kernel) if lowering == "shift" else conv(x, kernel)
+
+def in_parts(function: Callable[..., jax.Array], parameters: Any, x: jax.Array, *, limit: int) -> jax.Array:
+    """Apply `function(parameters, part)` to parts of a batch in turn, in one loop that reuses its memory.
+
+    Args:
+        function: [b,...] -> [b,...], each example by itself.
+        parameters: handed to every call.
+        x: [B,...]. A symbolic batch size, as `jax.export` has them, has no divisors: it is taken whole.
+        limit: examples a part; the largest divisor of B that does not exceed it is taken, 1 at least.
+    """
+    if not isinstance(x.shape[0], int):
+        return function(parameters, x)
+    size = max(n for n in range(1, max(limit, 1) + 1) if x.shape[0] % n == 0)
+    if size == x.shape[0]:
+        return function(parameters, x)
+    parts = x.reshape(x.shape[0] // size, size, *x.shape[1:])
+    out = lax.map(functools.partial(function, parameters), parts)
+    return out.reshape(x.shape[0], *out.shape[2:])
 
 
 class Conv(nn.Module):
@@ -87,19 +140,14 @@ class Conv(nn.Module):
     kernel: int
     stride: int
     padding: Padding
+    lowering: Lowering = "conv"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        out = lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=_spatial_pads(x, self.kernel, self.stride, self.padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        out = dense_conv(x, kernel, stride=self.stride, padding=self.padding, lowering=self.lowering)
         return out + bias[None, None, None, :]
 
 
@@ -121,7 +169,7 @@ class Depthwise(nn.Module):
     kernel: int
     stride: int
     padding: Padding
-    lowering: DepthwiseLowering = "auto"
+    lowering: Lowering = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
