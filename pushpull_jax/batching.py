@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Images, or their features, that a frozen network sees at a time; fewer are padded, so that one program serves all.
+BATCH_SIZE = 8
+
 
 def padded(function: Callable[..., Any], *arrays: np.ndarray, size: int) -> Any:
     """Apply a function of batches to one batch of at most `size` examples, padded with zeros to exactly `size`.

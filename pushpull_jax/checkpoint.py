@@ -32,9 +32,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: State) -> None:
-        """Start writing a state; its arrays are copied first, since the next step takes their memory."""
+        """Start writing a state, or those of several runs at one step; copied, for the next step takes their memory."""
         copied = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-        self._manager.save(int(copied.step), args=ocp.args.StandardSave(copied._asdict()))
+        self._manager.save(int(copied.step.flat[0]), args=ocp.args.StandardSave(copied._asdict()))
 
     def restore(self, like: State) -> State:
         """The newest state.

@@ -19,7 +19,7 @@ import optax
 from pushpull_jax import scoring
 from pushpull_jax import workdir as files
 from pushpull_jax.backbones import Backbone, find_backbone
-from pushpull_jax.batching import in_batches
+from pushpull_jax.batching import BATCH_SIZE, in_batches
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import Resize, letterbox_box, resize_image
@@ -35,8 +35,6 @@ from pushpull_jax.whitening import Whitening, block_means, largest_block_distanc
 
 # Side of the image, in pixels, for which a config gives smoothing and window: the paper's.
 REFERENCE_SIZE = 256
-# Images that are scored at a time by a `Detector`; fewer are padded, so that one program serves any number.
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)

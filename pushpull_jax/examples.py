@@ -1,7 +1,8 @@
-"""What a run trains on: the features of its images with the mask, label and kind of label of each.
+"""What a run trains on: its images with the mask, label and kind of label of each.
 
 Normal images come first, then the anomalies, source by source: labelled ones of the data, copies of the normal images
-with confetti noise, images that have nothing to do with the data. Features are [N,h,w,C], masks [N,h,w] on the grid.
+with confetti noise, images that have nothing to do with the data. Features are rows of a bank, masks [N,h,w] on the
+grid.
 """
 
 import functools
@@ -14,17 +15,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pushpull_jax.batching import padded
+from pushpull_jax.batching import BATCH_SIZE, padded
 from pushpull_jax.confetti_noise import confetti
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
 from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed
-from pushpull_jax.data.pipeline import check_readable, image_batches
+from pushpull_jax.data.pipeline import check_readable
 from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_records
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
-from pushpull_jax.detector import BATCH_SIZE, Network
 from pushpull_jax.errors import InputError
-from pushpull_jax.features import FeatureSpec, Standardisation, extract, extract_all, fit_standardisation, raw
+from pushpull_jax.feature_bank import FeatureBank
+from pushpull_jax.features import FeatureSpec, Standardisation, extract, fit_standardisation, raw
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.steps import Batch, Pool
 
@@ -47,19 +48,28 @@ class RunRecords(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """What a run trains on: standardised features, and everything frozen that belongs to them."""
+    """What a run trains on, as rows of a feature bank, and everything frozen that belongs to them."""
 
-    examples: Batch  # "features" [N,h,w,C], "mask" [N,h,w], "label" [N] and "kind" [N]: see `losses.push_pull_loss`
+    examples: dict[str, np.ndarray]  # "row" [N], "mask" [N,h,w], "label" [N], "kind" [N]: see `losses.push_pull_loss`
     pools: tuple[Pool, ...]  # the first one is of all normal images
-    held: np.ndarray  # [n,h,w,C], kept for the threshold
+    held: np.ndarray  # rows [n], kept for the threshold
     threshold_keys: tuple[str, ...]  # whose scores fit the threshold: the held-out images, all where cross-fitted
-    frozen: dict[str, Any]  # "backbone" and "standardisation", saved once a run
+    standardisation: Standardisation
     summary: dict[str, Any]  # for config.json
 
     @property
     def normal(self) -> np.ndarray:
-        """Features of the normal images that are trained on, [n,h,w,C]."""
-        return self.examples["features"][: len(self.pools[0].examples)]
+        """Rows of the normal images that are trained on."""
+        return self.examples["row"][: len(self.pools[0].examples)]
+
+    def batch(self, bank: FeatureBank) -> Batch:
+        """All examples with standardised "features" [N,h,w,C] for their rows."""
+        others = {name: leaf for name, leaf in self.examples.items() if name != "row"}
+        return {"features": self.features(bank, self.examples["row"])} | others
+
+    def features(self, bank: FeatureBank, rows: np.ndarray) -> np.ndarray:
+        """Standardised features of some rows."""
+        return np.asarray(self.standardisation(bank.features[rows]))
 
 
 def read_run(config: Config) -> RunRecords:
@@ -99,14 +109,16 @@ def read_run(config: Config) -> RunRecords:
     )
 
 
-def prepare(config: Config, network: Network, frozen: dict[str, Any], records: RunRecords) -> TrainingData:
+def prepare(
+    config: Config, bank: FeatureBank, records: RunRecords, *, standardisation: Standardisation | None = None
+) -> TrainingData:
     """Check every file of the data, extract features and fit their standardisation.
 
     Args:
         config: the run.
-        network: what it computes.
+        bank: where the features are kept.
         records: of `read_run`.
-        frozen: parameters of the "backbone"; and the "standardisation", or it is fitted to the normal images.
+        standardisation: that of a run to go on with or to start from; by default it is fitted to the normal images.
 
     Raises:
         InputError: see `image_batches`; a labelled image has an empty mask; or fewer than two normal images are left.
@@ -115,43 +127,37 @@ def prepare(config: Config, network: Network, frozen: dict[str, Any], records: R
     given = (records.labelled, config.supervision.confetti_copies, records.irrelevant)
     places = _places(config, sum(map(bool, given)))
     _check_counts(config, records.normal)
-    parameters = frozen["backbone"]
     with tqdm(desc="checking test images", total=len(records.test), unit="image", file=sys.stderr) as bar:
         test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
     check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
     records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0].key not in dropped))
-    normal, features = _extract(config, network, parameters, records.normal, dropped, "features")
+    rows = bank.rows(records.normal, what="features", dropped=dropped)
+    normal = [record for record in records.normal if record.key not in dropped]
     _check_counts(config, normal)  # some may have been left out
     fit, held = _hold_out(config, normal)
-    position = {record.key: i for i, record in enumerate(normal)}
-    fit_features, held_features = (features[[position[r.key] for r in part]] for part in (fit, held))
-    if "standardisation" in frozen:
-        standardisation = Standardisation(**frozen["standardisation"])
-    else:
-        standardisation = _standardisation(config, network, fit_features)
+    row_of = dict(zip(normal, rows, strict=True))
+    fit_rows, held_rows = (np.asarray([row_of[record] for record in part], np.int32) for part in (fit, held))
 
-    sources = [_normal_examples(config, fit_features)]
+    sources = [_examples(config, fit_rows, mask=None, label=0, kind=_KINDS[config.supervision.normals])]
     if records.labelled:
-        sources.append(_labelled_examples(config, network, parameters, records.labelled))
+        sources.append(_labelled_examples(config, bank, records.labelled))
     if config.supervision.confetti_copies:
-        sources.append(_confetti_examples(config, network, parameters, fit))
+        sources.append(_confetti_examples(config, bank, fit))
     if records.irrelevant:
-        _, features = _extract(config, network, parameters, records.irrelevant, dropped, "irrelevant images")
-        sources.append(_examples(features, mask=None, label=1, kind=IMAGE_LABEL))
+        rows = bank.rows(records.irrelevant, what="irrelevant images", dropped=dropped)
+        sources.append(_examples(config, rows, mask=None, label=1, kind=IMAGE_LABEL))
     for key, reason in dropped.items():
         _say(f"left out {key}: {reason}")
     if unlabelled := sum(label == "unlabelled" for _, label in records.labelled):
         _say(
             f"{unlabelled} unlabelled images are trained on as normal ones: what is wrong with them is learned as right"
         )
-    examples = {name: np.concatenate([source[name] for source in sources]) for name in sources[0]}
-    examples["features"] = np.asarray(standardisation(examples["features"]))
     return TrainingData(
-        examples=examples,
+        examples={name: np.concatenate([source[name] for source in sources]) for name in sources[0]},
         pools=_pools(places, [len(source["kind"]) for source in sources]),
-        held=np.asarray(standardisation(held_features)),
+        held=held_rows,
         threshold_keys=tuple(record.key for record in held or fit),
-        frozen={"backbone": parameters, "standardisation": standardisation._asdict()},
+        standardisation=standardisation or _standardisation(config, bank, fit_rows),
         summary={
             "fingerprint": fingerprint([record for record in records.all if record.key not in dropped]),
             "train": len(fit),
@@ -173,67 +179,37 @@ def _hold_out(config: Config, normal: Sequence[Record]) -> tuple[tuple[Record, .
     return hold_out(normal, fraction=config.scoring.held_out, seed=config.seed)
 
 
-def _extract(
-    config: Config,
-    network: Network,
-    parameters: dict,
-    records: Sequence[Record],
-    dropped: dict[str, str],
-    what: str,
-) -> tuple[tuple[Record, ...], np.ndarray]:
-    """The records that could be read, and their features [N,h,w,C], not standardised."""
-    bar = tqdm(
-        _batches(config, records, dropped), desc=what, total=-(-len(records) // BATCH_SIZE), unit="batch",
-        file=sys.stderr,
-    )  # fmt: skip
-    features = extract_all(network.features, parameters, bar, batch_size=BATCH_SIZE)
-    return tuple(record for record in records if record.key not in dropped), features
-
-
-def _batches(config: Config, records: Sequence[Record], dropped: dict[str, str]):
-    return image_batches(
-        records,
-        image_size=config.data.image_size,
-        batch_size=BATCH_SIZE,
-        resize=config.data.resize,
-        on_unreadable=config.data.on_unreadable,
-        dropped=dropped,
-    )
-
-
-def _standardisation(config: Config, network: Network, features: np.ndarray) -> Standardisation:
-    widths = network.features.widths
+def _standardisation(config: Config, bank: FeatureBank, rows: np.ndarray) -> Standardisation:
+    widths = bank.spec.widths
     if not config.features.standardise:
         return raw(sum(widths))
-    fitted, constant = fit_standardisation(features, widths, stage_weights=config.features.stage_weights)
+    fitted, constant = fit_standardisation(bank.features[rows], widths, stage_weights=config.features.stage_weights)
     if constant:
         _say(f"channels {constant} of the features are constant over the training images; they are only shifted")
     return fitted
 
 
-def _examples(features: np.ndarray, *, mask: np.ndarray | None, label: Any, kind: Any) -> dict[str, np.ndarray]:
+def _examples(
+    config: Config, rows: np.ndarray, *, mask: np.ndarray | None, label: Any, kind: Any
+) -> dict[str, np.ndarray]:
     """Examples of one source; one label and kind for all, or one each; no mask is an empty one."""
-    count = len(features)
+    count, grid = len(rows), config.features.grid
     return {
-        "features": features,
-        "mask": np.zeros(features.shape[:-1], np.float32) if mask is None else mask.astype(np.float32),
+        "row": rows,
+        "mask": np.zeros((count, grid, grid), np.float32) if mask is None else mask.astype(np.float32),
         "label": np.broadcast_to(np.asarray(label, np.float32), count),
         "kind": np.broadcast_to(np.asarray(kind, np.int32), count),
     }
 
 
-def _normal_examples(config: Config, features: np.ndarray) -> dict[str, np.ndarray]:
-    return _examples(features, mask=None, label=0, kind=_KINDS[config.supervision.normals])
-
-
 def _labelled_examples(
-    config: Config, network: Network, parameters: dict, labelled: Sequence[tuple[Record, Label]]
+    config: Config, bank: FeatureBank, labelled: Sequence[tuple[Record, Label]]
 ) -> dict[str, np.ndarray]:
     """Labelled images that can be read, each with what is to be known of it."""
     records = [record for record, _ in labelled]
-    _, features = _extract(config, network, parameters, records, {}, "labelled anomalies")
     return _examples(
-        features,
+        config,
+        bank.rows(records, what="labelled anomalies", dropped={}),
         mask=np.stack([_grid_mask(config, record, label) for record, label in labelled]),
         label=[record.label or 0 for record in records],
         kind=[_KINDS[label] for _, label in labelled],
@@ -250,23 +226,21 @@ def _grid_mask(config: Config, record: Record, label: Label) -> np.ndarray:
     return mask_to_grid(mask, grid=grid, rule=rule, size=data.image_size, mode=data.resize)
 
 
-def _confetti_examples(
-    config: Config, network: Network, parameters: dict, records: Sequence[Record]
-) -> dict[str, np.ndarray]:
+def _confetti_examples(config: Config, bank: FeatureBank, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """Copies of training images with confetti noise: copy c of image i is drawn from the key (seed, c, i)."""
     copies, grid = config.supervision.confetti_copies, (config.features.grid,) * 2
     total = copies * -(-len(records) // BATCH_SIZE)
-    features, masks = [], []
+    rows, masks = [], []
     with tqdm(desc="confetti", total=total, unit="batch", file=sys.stderr) as bar:
         for copy in range(copies):
             key = jax.random.fold_in(jax.random.key(config.seed), copy)
-            program = functools.partial(_compiled_confetti(network.features), parameters, key)
-            for batch in _batches(config, records, {}):
+            program = functools.partial(_compiled_confetti(bank.spec), bank.parameters, key)
+            for batch in bank.batches(records, {}):
                 noisy, changed = padded(program, batch["index"], batch["image"], size=BATCH_SIZE)
-                features.append(noisy)
+                rows.append(bank.add(noisy))
                 masks += [mask_to_grid(mask, grid=grid, rule=config.supervision.mask_rule) for mask in changed]
                 bar.update()
-    return _examples(np.concatenate(features), mask=np.stack(masks), label=1, kind=MASK)
+    return _examples(config, np.concatenate(rows), mask=np.stack(masks), label=1, kind=MASK)
 
 
 @functools.cache

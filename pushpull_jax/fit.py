@@ -17,10 +17,10 @@ import optax
 from tqdm import tqdm
 
 from pushpull_jax import workdir as files
-from pushpull_jax.batching import in_batches, padded
+from pushpull_jax.batching import BATCH_SIZE, in_batches, padded
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
-from pushpull_jax.detector import BATCH_SIZE, Network, build_optimizer, detect_features, initial_state, peaks
+from pushpull_jax.detector import Network, build_optimizer, detect_features, initial_state, peaks
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.steps import (
@@ -84,7 +84,7 @@ def fit(
     """
     steps, size = config.training.steps, config.log.every
     with Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
-        state = _first_state(config, program.network, examples["features"][pools[0].examples], start)
+        state = first_state(config, program.network, examples["features"][pools[0].examples], start)
         if checkpoints.latest is not None:
             state = jax.device_put(checkpoints.restore(state))
         elif not steps:
@@ -96,7 +96,7 @@ def fit(
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
-                indices = _chunk_indices(config, pools, step, last)
+                indices = chunk_indices(config, pools, step, last)
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
                 row = {"step": last, **_means(metrics, last - step)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
@@ -111,7 +111,7 @@ def fit(
     return state
 
 
-def _first_state(config: Config, network: Network, normal: np.ndarray, start: Any) -> State:
+def first_state(config: Config, network: Network, normal: np.ndarray, start: Any) -> State:
     """The state before the first step; a nearest neighbour has all that it needs from the normal images at once."""
     state = initial_state(config, network)
     if isinstance(network.reconstructor, NearestNeighbour):
@@ -137,11 +137,11 @@ def cross_fit(
         for fold in range(count):
             held = order[fold::count]
             kept = np.setdiff1d(order, held)
-            state = _first_state(config, program.network, features[kept], None)
+            state = first_state(config, program.network, features[kept], None)
             some = (pools[0]._replace(examples=normal[kept]), *pools[1:])
             for step in range(0, steps, size):
                 last = min(step + size, steps)
-                indices = _chunk_indices(config, some, step, last)
+                indices = chunk_indices(config, some, step, last)
                 state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
                 _check_finite(_means(metrics, last - step), step, config)
                 bar.update(last - step)
@@ -209,7 +209,7 @@ def score_features(program: Program, parameters: dict[str, Any], features: np.nd
     return in_batches(functools.partial(program.scores, parameters), features, size=BATCH_SIZE)
 
 
-def _chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:
+def chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:
     """Batches of steps `first` to `last`, [log.every, batch_size], filled up with rows of -1."""
     indices = np.full((config.log.every, config.training.batch_size), -1, np.int32)
     for row, step in enumerate(range(first, last)):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pushpull_jax import losses
-from pushpull_jax.batching import in_batches
+from pushpull_jax.batching import BATCH_SIZE, in_batches
 from pushpull_jax.config import Config
-from pushpull_jax.detector import BATCH_SIZE, Network, initial_state
+from pushpull_jax.detector import Network, initial_state
 from pushpull_jax.shapes import split_channels
 from pushpull_jax.steps import Batch, LossFunction
 
@@ -41,12 +41,13 @@ def push_pull(
     Returns:
         [B] float32.
     """
-    labels = batch["kind"], batch["label"], batch["mask"]
     widths, scales = zip(*units or [(reconstruction.shape[-1], 1.0)], strict=True)
     features, reconstructed = (split_channels(array, widths) for array in (batch["features"], reconstruction))
     triples = zip(features, reconstructed, scales, strict=True)
-    phis = [losses.pseudo_huber_map(a / scale, b / scale) for a, b, scale in triples]
-    return jnp.mean(jnp.stack([losses.push_pull_loss(phi, *labels, k=k, alpha=alpha) for phi in phis]), axis=0)
+    phis = jnp.stack([losses.pseudo_huber_map(a / scale, b / scale) for a, b, scale in triples])
+    # All stages in one call: a sort for a traced k is dear to compile.
+    labels = (jnp.broadcast_to(leaf, (len(phis), *leaf.shape)) for leaf in map(batch.get, ("kind", "label", "mask")))
+    return jnp.mean(losses.push_pull_loss(phis, *labels, k=k, alpha=alpha), axis=0)
 
 
 def configured_loss(config: Config, network: Network, start: Any, normal: np.ndarray) -> LossFunction:
@@ -63,11 +64,18 @@ def configured_loss(config: Config, network: Network, start: Any, normal: np.nda
 
 def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
     """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
-    widths = network.features.widths
+    levels = in_batches(functools.partial(_compiled_levels(network), parameters), features, size=BATCH_SIZE)
+    return np.maximum(levels.mean(0, dtype=np.float64), 1e-6)
+
+
+@functools.cache
+def _compiled_levels(network: Network):
+    """(parameters of the reconstructor, features [B,h,w,C]) -> mean |residual| of each image and stage, [B, stages]."""
 
     @jax.jit
-    def levels(batch: jax.Array) -> jax.Array:
+    def levels(parameters: Any, batch: jax.Array) -> jax.Array:
         residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
-        return jnp.stack([part.mean((1, 2, 3)) for part in split_channels(residuals, widths)], axis=-1)
+        parts = split_channels(residuals, network.features.widths)
+        return jnp.stack([part.mean((1, 2, 3)) for part in parts], axis=-1)
 
-    return np.maximum(in_batches(levels, features, size=BATCH_SIZE).mean(0, dtype=np.float64), 1e-6)
+    return levels

@@ -53,8 +53,14 @@ def make_optimizer(
     }[schedule]
     warmup = optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, max(warmup_steps - 1, 1))
     rate = optax.join_schedules([warmup, main], [warmup_steps]) if warmup_steps else main
-    adamw = optax.adamw(rate, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw), rate
+    return clipped_adamw(rate, weight_decay=weight_decay, clip_norm=clip_norm), rate
+
+
+def clipped_adamw(
+    rate: optax.Schedule, *, weight_decay: jax.Array | float, clip_norm: jax.Array | float
+) -> optax.GradientTransformation:
+    """AdamW on a gradient whose global norm is at most `clip_norm`; all three may be traced."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(rate, weight_decay=weight_decay))
 
 
 def init_state(
@@ -69,15 +75,17 @@ def init_state(
     return jax.jit(init)(key)
 
 
-def training_apply(reconstructor: nn.Module, *, jitter: float = 0.0) -> ApplyFunction:
+def training_apply(reconstructor: nn.Module, *, jitter: jax.Array | float = 0.0) -> ApplyFunction:
     """How training applies a reconstructor: dropout on, Gaussian noise on the input features.
 
-    The noise has a norm of `jitter` times the norm of the features of that cell, so that it fits any scale (UniAD).
+    The noise has a norm of `jitter` times the norm of the features of that cell, so that it fits any scale (UniAD). A
+    jitter that is traced may be 0 too; one that is just 0.0 draws nothing.
     """
+    is_jittered = isinstance(jitter, jax.Array) or jitter > 0
 
     def apply(parameters: Any, features: jax.Array, key: jax.Array) -> jax.Array:
         noise_key, dropout_key = jax.random.split(key)
-        if jitter:
+        if is_jittered:
             size = jnp.sqrt(jnp.mean(features**2, axis=-1, keepdims=True))
             features = features + jitter * size * jax.random.normal(noise_key, features.shape)
         return reconstructor.apply({"params": parameters}, features, train=True, rngs={"dropout": dropout_key})
@@ -124,18 +132,31 @@ def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def chunk(state: State, examples: Batch, indices: jax.Array, key: jax.Array):
-        def run(state: State, chosen: jax.Array):
-            batch = jax.tree.map(lambda leaf: leaf[chosen], examples)
-            return step(state, batch, jax.random.fold_in(key, state.step))
-
-        def skip(state: State, chosen: jax.Array):
-            return state, {name: jnp.zeros(()) for name in METRICS}
-
-        return jax.lax.scan(
-            lambda state, chosen: jax.lax.cond(chosen[0] >= 0, run, skip, state, chosen), state, indices
-        )
+        return scan_steps(step, lambda chosen: jax.tree.map(lambda leaf: leaf[chosen], examples), state, indices, key)
 
     return chunk
+
+
+def scan_steps(
+    step: Callable, choose: Callable[[jax.Array], Batch], state: State, indices: jax.Array, key: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+    """The scan of `make_chunk`, not compiled by itself.
+
+    Args:
+        step: of `make_step`.
+        choose: row of indices [B] -> batch.
+        state: to start from.
+        indices: [N,B].
+        key: folded with the number of each step.
+    """
+
+    def run(state: State, chosen: jax.Array):
+        return step(state, choose(chosen), jax.random.fold_in(key, state.step))
+
+    def skip(state: State, chosen: jax.Array):
+        return state, {name: jnp.zeros(()) for name in METRICS}
+
+    return jax.lax.scan(lambda state, chosen: jax.lax.cond(chosen[0] >= 0, run, skip, state, chosen), state, indices)
 
 
 def batch_indices(seed: int, step: int, *, batch_size: int, count: int, stream: int = 0) -> np.ndarray:

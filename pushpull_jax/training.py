@@ -5,50 +5,33 @@ or on all of them where the threshold is cross-fitted; and on whatever anomalies
 command continues a run that was stopped, to the same numbers.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from pushpull_jax import workdir as files
-from pushpull_jax.backbones import Backbone
 from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
-from pushpull_jax.config import Config, check, flatten
+from pushpull_jax.config import Config, check
 from pushpull_jax.data.manifest import fingerprint
-from pushpull_jax.detector import build_network, load_frozen, read_network, restore_parameters
+from pushpull_jax.detector import build_network, load_frozen, read_network
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
+from pushpull_jax.feature_bank import FeatureBank
+from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
 from pushpull_jax.objectives import configured_loss
+from pushpull_jax.start import check_start, read_start
 from pushpull_jax.steps import LossFunction
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
-
-
-class Start(NamedTuple):
-    """The finished run that another one starts from."""
-
-    backbone: Backbone
-    frozen: dict[str, Any]
-    parameters: Any
-    data: dict[str, Any]  # of its config.json
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the parameters of the reconstructor."""
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(self.parameters):
-            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-        return digest.hexdigest()
 
 
 def train(
@@ -92,7 +75,7 @@ def train(
             files.write_config(folder, config, **files.read_config(folder)[1])
             _say(f"{folder} is finished")
             return _evaluated(folder, records, reconstructor)
-    start = _read_start(config, reconstructor) if config.training.start else None
+    start = read_start(config, reconstructor) if config.training.start else None
     if resumed:
         _, network = read_network(folder, reconstructor=reconstructor)
         frozen = load_frozen(folder, network)
@@ -102,9 +85,12 @@ def train(
         backbone, parameters = load_backbone(config.features.backbone, weights=config.features.weights or None)
         network = build_network(config, backbone=backbone, reconstructor=reconstructor)
         frozen = {"backbone": parameters}
-    data = prepare(config, network, frozen, records)
+    bank = FeatureBank(network.features, frozen["backbone"], config.data)
+    known = Standardisation(**frozen["standardisation"]) if "standardisation" in frozen else None
+    data = prepare(config, bank, records, standardisation=known)
+    frozen |= {"standardisation": data.standardisation._asdict()}
     if start:
-        data.summary["start"] = _check_start(start, data)
+        data.summary["start"] = check_start(start, data)
     if resumed:
         if data.summary != files.read_config(folder)[1]["data"]:
             raise InputError(
@@ -118,21 +104,22 @@ def train(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         told = backbone_metadata(network.features.backbone)
-        save_parameters(folder / files.BACKBONE, data.frozen, metadata=told)
+        save_parameters(folder / files.BACKBONE, frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
         files.write_config(folder, config, **rest, **given)
     first = start.parameters if start else None
-    program = build_program(config, network, loss_fn or configured_loss(config, network, first, data.normal))
-    state = fit(config, program, data.examples, data.pools, folder, start=first)
-    trained = data.frozen | {"reconstructor": state.parameters}
-    sums = residual_sums(program, trained, np.concatenate([data.normal, data.held]))
+    examples, normal, held = data.batch(bank), data.features(bank, data.normal), data.features(bank, data.held)
+    program = build_program(config, network, loss_fn or configured_loss(config, network, first, normal))
+    state = fit(config, program, examples, data.pools, folder, start=first)
+    trained = frozen | {"reconstructor": state.parameters}
+    sums = residual_sums(program, trained, np.concatenate([normal, held]))
     if sums:
         save_parameters(folder / files.RESIDUALS, with_residuals(trained, sums)["residuals"], metadata={})
     if config.scoring.folds:
-        held = cross_fit(config, program, data.frozen, data.examples, data.pools)
+        unseen = cross_fit(config, program, frozen, examples, data.pools)
     else:
-        held = score_held_out(program, trained, sums, data.held)
-    _write_threshold(folder, config, data, *held)
+        unseen = score_held_out(program, trained, sums, held)
+    _write_threshold(folder, config, data, *unseen)
     return _evaluated(folder, records, reconstructor)
 
 
@@ -179,52 +166,6 @@ def _with_absolute_paths(config: Config) -> Config:
         if config.supervision.irrelevant == "cifar100"
         else replace(config.supervision, irrelevant=absolute(config.supervision.irrelevant)),
     )
-
-
-# Fields in which a run may differ from the one it starts from: what it learns from, and how.
-_MAY_DIFFER_FROM_START = ("training.", "supervision.", "scoring.", "log.", "checkpoint.", "data.root", "seed")
-
-
-def _read_start(config: Config, reconstructor: nn.Module | None) -> Start:
-    """The run to start from.
-
-    Raises:
-        InputError: it is not a finished run, or one of another network or other data.
-    """
-    folder = Path(config.training.start)
-    if not files.is_run(folder):
-        raise InputError(f"training.start {folder} is not a run: it has no {files.CONFIG}")
-    there, network = read_network(folder, reconstructor=reconstructor)
-    if not (folder / files.THRESHOLD).is_file():
-        raise InputError(
-            f"training.start {folder}: the run is not finished; the command that started it goes on with it"
-        )
-    theirs, ours = flatten(there), flatten(config)
-    differing = [name for name in ours if ours[name] != theirs[name] and not name.startswith(_MAY_DIFFER_FROM_START)]
-    if differing:
-        shown = ", ".join(f"{name} = {theirs[name]!r} there, {ours[name]!r} here" for name in differing)
-        raise InputError(
-            f"training.start {folder}: a run can start from one of the same network and data only: {shown}"
-        )
-    trained, data = restore_parameters(folder, there, network), files.read_config(folder)[1]["data"]
-    return Start(network.features.backbone, load_frozen(folder, network), trained, data)
-
-
-def _check_start(start: Start, data: TrainingData) -> dict[str, str]:
-    """What config.json tells of the start; raises if that was trained on what this run is tested or calibrated on."""
-    if start.data["held_out"] != data.summary["held_out"]:
-        raise InputError(
-            "training.start: that run held out other normal images for its threshold, so it was trained on some of "
-            "those held out here; give both the same seed, scoring.held_out and data, and scoring.folds 0"
-        )
-    # Those of the runs that it started from itself, too.
-    seen = set(start.data["labelled"]) | set(start.data.get("start", {}).get("labelled", ()))
-    if not seen <= set(data.summary["out_of_test"]) | set(data.summary["labelled"]):
-        raise InputError(
-            "training.start: that run was trained on anomalies that are test images here; give it the same seed, "
-            "supervision.shots and supervision.setting"
-        )
-    return {"sha256": start.digest, "labelled": sorted(seen)}
 
 
 def _is_finished(folder: Path, config: Config) -> bool:

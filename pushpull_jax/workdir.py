@@ -51,6 +51,11 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(_finite(values), indent=2) + "\n")
 
 
+def as_json(values: Any) -> Any:
+    """Values as they come back from `write_json` and `read_json`."""
+    return json.loads(json.dumps(_finite(values)))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}

@@ -39,7 +39,7 @@ def stopped_at(monkeypatch):
 
         def save_then_stop(self, state):
             save(self, state)
-            if int(state.step) == step:
+            if int(state.step.ravel()[0]) == step:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

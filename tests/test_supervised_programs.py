@@ -14,7 +14,7 @@ from PIL import Image
 
 import pushpull_jax
 from pushpull_jax import examples as examples_module
-from pushpull_jax import losses
+from pushpull_jax import feature_bank, losses
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Supervision, Training
 from pushpull_jax.data.demo import write_demo
@@ -22,7 +22,8 @@ from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import prepare, read_run
-from pushpull_jax.features import Standardisation, extract
+from pushpull_jax.feature_bank import FeatureBank
+from pushpull_jax.features import extract
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.models.convolutional import ConvolutionalReconstructor
 from pushpull_jax.models.nearest import NearestNeighbour
@@ -81,7 +82,8 @@ def everything(normal_only, irrelevant) -> Config:
 def prepared(everything):
     backbone, parameters = load_backbone("efficientnet_lite0")
     network = build_network(everything, backbone=backbone)
-    return network, parameters, prepare(everything, network, {"backbone": parameters}, read_run(everything))
+    bank = FeatureBank(network.features, parameters, everything.data)
+    return bank, prepare(everything, bank, read_run(everything))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def shots_with(label: str, config: Config) -> list[int]:
 
 
 def test_examples_come_source_by_source_with_their_kinds(prepared, everything):
-    _, _, data = prepared
+    bank, data = prepared
     dealt = [
         {"mask": MASK, "image": IMAGE_LABEL, "unlabelled": UNLABELLED}[k] for _, k in read_run(everything).labelled
     ]
@@ -137,7 +139,7 @@ def test_examples_come_source_by_source_with_their_kinds(prepared, everything):
     kinds = [MASK] * 8 + dealt + [MASK] * 16 + [IMAGE_LABEL] * 3
     assert data.examples["kind"].tolist() == kinds
     assert data.examples["label"].tolist() == [0] * 8 + [1] * 23
-    assert data.examples["features"].shape == (31, GRID, GRID, 64) and data.normal.shape[0] == 8
+    assert data.batch(bank)["features"].shape == (31, GRID, GRID, 64) and data.normal.shape[0] == 8
     has_mask = data.examples["mask"].any((1, 2))
     assert has_mask.tolist() == [False] * 8 + [kind == MASK for kind in dealt] + [True] * 16 + [False] * 3
     # Three of six places, one for each source of anomalies.
@@ -146,20 +148,21 @@ def test_examples_come_source_by_source_with_their_kinds(prepared, everything):
 
 
 def test_a_shot_has_its_own_features_and_its_mask_by_the_any_rule(prepared, everything, root):
-    network, parameters, data = prepared
+    bank, data = prepared
     shot = shots_with("mask", everything)[0]
     record, _ = read_run(everything).labelled[shot - 8]
     image = pixels(root / record.key).astype(np.float32)[None]
-    features = Standardisation(**data.frozen["standardisation"])(extract(network.features, parameters, image))
-    np.testing.assert_allclose(data.examples["features"][shot], features[0], atol=1e-4)
+    features = data.standardisation(extract(bank.spec, bank.parameters, image))
+    np.testing.assert_allclose(data.batch(bank)["features"][shot], features[0], atol=1e-4)
     mask = pixels(Path(record.mask)) > 0
     cells = mask.reshape(GRID, SIZE // GRID, GRID, SIZE // GRID).any((1, 3))
     np.testing.assert_array_equal(data.examples["mask"][shot], cells)
 
 
 def test_confetti_copies_are_of_their_images_and_differ(prepared):
-    _, _, data = prepared
-    normal, copies = data.normal, data.examples["features"][12:28].reshape(2, 8, GRID, GRID, -1)
+    bank, data = prepared
+    features = data.batch(bank)["features"]
+    normal, copies = features[:8], features[12:28].reshape(2, 8, GRID, GRID, -1)
     masks = data.examples["mask"][12:28].reshape(2, 8, GRID, GRID)
     assert not np.array_equal(masks[0], masks[1])
     for copy, mask in zip(copies, masks, strict=True):
@@ -227,8 +230,9 @@ def test_a_start_that_learned_from_the_test_images_is_refused(labelled_run, ever
 
 
 def test_the_push_moves_anomalous_cells_away(prepared, everything):
-    network, _, data = prepared
-    shots = {name: leaf[shots_with("mask", everything)] for name, leaf in data.examples.items()}
+    bank, data = prepared
+    network = build_network(everything)
+    shots = {name: leaf[shots_with("mask", everything)] for name, leaf in data.batch(bank).items()}
     optimizer = optax.adam(3e-3)
     apart = []
     for alpha in (0.0, 1.0):
@@ -389,8 +393,9 @@ def test_a_backbones_preprocessing_is_that_of_its_weights(normal_only, tmp_path,
 
 
 def test_confetti_is_a_function_of_seed_copy_and_image(everything, prepared, monkeypatch):
-    network, parameters, data = prepared
-    monkeypatch.setattr(examples_module, "BATCH_SIZE", 3)  # other batches
+    bank, data = prepared
+    for module in (examples_module, feature_bank):
+        monkeypatch.setattr(module, "BATCH_SIZE", 3)  # other batches
     records = [r for r in read_run(everything).normal if r.key not in data.summary["held_out"]]
-    again = examples_module._confetti_examples(everything, network, parameters, records)
+    again = examples_module._confetti_examples(everything, bank, records)
     np.testing.assert_array_equal(again["mask"], data.examples["mask"][12:28])
