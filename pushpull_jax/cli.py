@@ -1,4 +1,4 @@
-"""The command line: `pushpull train|evaluate|predict|demo`.
+"""The command line: `pushpull train|evaluate|predict|ablate|demo`.
 
 jax and tensorflow are imported by the command that needs them, after its arguments have been checked. What a user can
 mend is one message and exit code 1; a usage error is exit code 2, as argparse and tyro have it.
@@ -13,7 +13,18 @@ from typing import Annotated
 
 import tyro
 
-from pushpull_jax.config import Config, check, load_config, nearest
+from pushpull_jax.config import (
+    Ablation,
+    Config,
+    check,
+    flatten,
+    load_ablation,
+    load_config,
+    nearest,
+    runs_of,
+    shipped_ablations,
+    varied,
+)
 from pushpull_jax.errors import InputError
 
 USAGE = """\
@@ -25,6 +36,7 @@ commands:
   train CONFIG --workdir DIR [--any.field VALUE]   train a detector and evaluate it
   evaluate DIR                                     evaluate a run again: metrics, predictions, report
   predict DIR IMAGES... --output OUT               score images: a table and heat maps
+  ablate CONFIG --workdir DIR [--vary FIELD=A,B]   a grid of runs, trained together, in one table
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
 CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adtr, ... (a misspelt one lists them all).
@@ -63,6 +75,18 @@ class Predict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ablate:
+    """Train and score a grid of runs together: ablation.csv, a table of means over seeds, report.html."""
+
+    workdir: Path
+    """Folder of the grid, new or empty, or that of the same grid, which goes on."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    vary: tuple[str, ...] = ()
+    """Fields and their values, FIELD=A,B,C, besides or instead of those that vary in CONFIG; a field that is a tuple
+    takes tuples: "features.stages=(1,2),(3,)"."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """Draw a data set of parts with defects, train on it, and evaluate."""
 
@@ -88,19 +112,64 @@ def train(arguments: list[str]) -> None:
     chosen = _parse(Train, arguments[1:], default=default, config=(tyro.conf.AvoidSubcommands,))
     config = chosen.config
     check(config, source="command line")
-    is_folder = config.data.source in ("mvtec_ad", "classes")
-    for name in ("root", "category") if is_folder else ("category",):
-        if not getattr(config.data, name):
-            raise _UsageError(f"pushpull train: expected --data.{name}, which config {arguments[0]} leaves open")
+    _check_data(config, f"pushpull train: expected --data.{{}}, which config {arguments[0]} leaves open")
 
+    _enable_compilation_cache()
     from pushpull_jax.training import train
 
     _summarise(train(config, chosen.workdir, command=["pushpull", "train", *arguments]), chosen.workdir)
 
 
+def ablate(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        wants_help = any(argument in ("-h", "--help") for argument in arguments)
+        if not wants_help:
+            raise _UsageError("pushpull ablate: expected an ablation first: pushpull ablate CONFIG --workdir DIR")
+        print("usage: pushpull ablate CONFIG --workdir DIR [--vary FIELD=A,B] [--any.field VALUE]")
+        print(f"CONFIG is an ablation ({', '.join(shipped_ablations())}, or a file) or any config, as quick is below\n")
+        arguments = ["quick", *arguments]
+    ablation = load_ablation(arguments[0])
+    default = Ablate(workdir=tyro.MISSING, config=ablation.config)
+    chosen = _parse(Ablate, arguments[1:], default=default, config=(tyro.conf.AvoidSubcommands,))
+    vary = ablation.vary | varied(chosen.vary, ablation.config)
+    before, after = flatten(ablation.config), flatten(chosen.config)
+    for name in vary:
+        if name in after and after[name] != before[name]:
+            raise _UsageError(f"pushpull ablate: {name} varies in this grid: give its values with --vary {name}=A,B")
+    if not vary:
+        raise _UsageError(f"pushpull ablate: nothing varies in {arguments[0]}: give --vary FIELD=A,B")
+    ablation = Ablation(chosen.config, vary)
+    for run in runs_of(ablation, source="command line"):
+        _check_data(run, f"pushpull ablate: expected --data.{{}}, which {arguments[0]} leaves open")
+
+    _enable_compilation_cache()
+    from pushpull_jax.ablation import ablate
+    from pushpull_jax.ablation_report import summarise, text_table
+
+    rows = ablate(ablation, chosen.workdir, command=["pushpull", "ablate", *arguments])
+    print(text_table(summarise(rows)))
+    print(f"table: {chosen.workdir / 'ablation.csv'}\nreport: {chosen.workdir / 'report.html'}")
+
+
+def _enable_compilation_cache() -> None:
+    """Programs keep what they compile for the next time; importing the package does not."""
+    from pushpull_jax import compilation_cache
+
+    compilation_cache.enable()
+
+
+def _check_data(config: Config, message: str) -> None:
+    """Raise where a config does not say which data it is for."""
+    is_folder = config.data.source in ("mvtec_ad", "classes")
+    for name in ("root", "category") if is_folder else ("category",):
+        if not getattr(config.data, name):
+            raise _UsageError(message.format(name))
+
+
 def evaluate(arguments: list[str]) -> None:
     chosen = _parse(Evaluate, arguments)
 
+    _enable_compilation_cache()
     from pushpull_jax.evaluation import evaluate
 
     _summarise(evaluate(chosen.workdir, root=chosen.root), chosen.workdir)
@@ -109,6 +178,7 @@ def evaluate(arguments: list[str]) -> None:
 def predict(arguments: list[str]) -> None:
     chosen = _parse(Predict, arguments)
 
+    _enable_compilation_cache()
     from pushpull_jax.detector import load
     from pushpull_jax.prediction import find_images, predict
 
@@ -123,6 +193,7 @@ def predict(arguments: list[str]) -> None:
 def demo(arguments: list[str]) -> None:
     chosen = _parse(Demo, arguments)
 
+    _enable_compilation_cache()
     from pushpull_jax.demo import run_demo
 
     run_demo(chosen.workdir)
@@ -132,6 +203,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "ablate": ablate,
     "demo": demo,
 }
 
@@ -176,6 +248,8 @@ def main() -> None:
         print(f"pushpull {arguments[0]}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        more = "; the same command goes on from the last checkpoint" if arguments[0] in ("train", "demo") else ""
+        more = (
+            "; the same command goes on from the last checkpoint" if arguments[0] in ("train", "ablate", "demo") else ""
+        )
         print(f"pushpull {arguments[0]}: stopped{more}", file=sys.stderr)
         sys.exit(130)

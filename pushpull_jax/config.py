@@ -4,8 +4,10 @@ A config file is Python: it builds one `Config` under the name `config`. `to_dic
 `from_dict` back, so that a run's folder tells everything. Field docstrings are the command line's help.
 """
 
+import ast
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import runpy
@@ -214,6 +216,16 @@ class Config:
     irrelevant images, stored cells."""
 
 
+@dataclass(frozen=True)
+class Ablation:
+    """A grid of runs: one for each combination of the values of the fields that vary."""
+
+    config: Config
+    """What they have in common. In training.start "{category}" and "{seed}" stand for those of each run."""
+    vary: dict[str, tuple[Any, ...]]
+    """Values of fields, by their dotted names ("supervision.alpha")."""
+
+
 # Fields that do not change the numbers: a resumed run may change them.
 HOW_IT_RUNS = ("log.", "checkpoint.", "data.root")
 
@@ -263,29 +275,117 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
+def shipped_ablations() -> dict[str, Path]:
+    """The ablations that come with the package, by name."""
+    folder = next(iter(shipped_configs().values())).parent / "ablations"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
 def load_config(name: str) -> Config:
     """The config of a Python file, or a shipped one by its name ("quick"); checked.
 
     Raises:
         InputError: no such file or name, the file does not build a `Config` named `config`, or a field is wrong.
     """
-    path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
-        shipped = shipped_configs()
-        is_name = path.suffix in ("", ".py") and path.parent in (Path("."), Path("configs"))
-        if path.stem not in shipped or not is_name:
-            names = ", ".join(shipped)
-            raise InputError(f"no config file {name}{nearest(path.stem, shipped)} (shipped configs: {names})")
-        path = shipped[path.stem]
-    try:
-        # Not an import: that would leave a __pycache__, and read from it a file that was changed within a second.
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
-        raise InputError(f"config file {path}: {type(error).__name__}: {_with_hint(str(error))}") from error
-    if not isinstance(config, Config):
-        raise InputError(f"config file {path}: expected a Config named `config`, got {type(config).__name__}")
+    path = _find(name, shipped_configs(), "config")
+    config = _built(path, "config", Config)
     check(config, source=f"config file {path}")
     return config
+
+
+def load_ablation(name: str) -> Ablation:
+    """The ablation of a Python file, or a shipped one by its name; a config is one in which nothing varies yet.
+
+    Its runs are checked by `runs_of`.
+
+    Raises:
+        InputError: no such file or name, or the file builds neither an `Ablation` named `ablation` nor a `Config`.
+    """
+    shipped = shipped_ablations()
+    path = _find(name, shipped_configs() | shipped, "ablation")
+    if path not in shipped.values() and "config" in (built := _run(path)) and "ablation" not in built:
+        return Ablation(_built(path, "config", Config), {})
+    return _built(path, "ablation", Ablation)
+
+
+def runs_of(ablation: Ablation, *, source: str) -> tuple[Config, ...]:
+    """The runs of a grid, the last field varying fastest; each is checked.
+
+    Raises:
+        InputError: names `source` and the field that does not exist, has no values or one twice, or a wrong one.
+    """
+    known = flatten(ablation.config)
+    for name, values in ablation.vary.items():
+        if name not in known:
+            raise InputError(f"{source}: no field {name!r} to vary{nearest(name, known)}")
+        if not isinstance(values, tuple | list) or not values or any(values.count(value) > 1 for value in values):
+            raise InputError(f"{source}: {name} must vary over one value or more, each once, got {values!r}")
+    runs = []
+    for values in itertools.product(*ablation.vary.values()):
+        run = ablation.config
+        for name, value in zip(ablation.vary, values, strict=True):
+            run = with_field(run, name, value)
+        start = run.training.start.replace("{category}", run.data.category).replace("{seed}", str(run.seed))
+        run = with_field(run, "training.start", start)
+        check(run, source=source)
+        runs.append(run)
+    return tuple(runs)
+
+
+def varied(given: typing.Iterable[str], config: Config) -> dict[str, tuple[Any, ...]]:
+    """The values of fields as a command line has them, FIELD=A,B,C.
+
+    Raises:
+        InputError: it is not of this form, or there is no such field.
+    """
+    known, vary = flatten(config), {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if name not in known:
+            raise InputError(f"command line: no field {name!r} to vary{nearest(name, known)}")
+        try:
+            vary[name] = tuple(ast.literal_eval(f"({values},)"))
+        except (ValueError, SyntaxError):  # words need no quotes
+            vary[name] = tuple(values.split(","))
+    return vary
+
+
+def with_field(config: Any, name: str, value: Any) -> Any:
+    """A config with another value of one field, by its dotted name."""
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{first: with_field(getattr(config, first), rest, value) if rest else value})
+
+
+def _find(name: str, shipped: dict[str, Path], what: str) -> Path:
+    """The file that a name or a path means."""
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    is_name = path.suffix in ("", ".py") and path.parent in (Path("."), Path("configs"), Path("configs/ablations"))
+    if path.stem not in shipped or not is_name:
+        hint = nearest(path.stem, shipped)
+        raise InputError(f"no {what} file {name}{hint} (shipped {what}s: {', '.join(shipped)})")
+    return shipped[path.stem]
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """The names that a Python file leaves behind."""
+    try:
+        # Not an import: that would leave a __pycache__, and read from it a file that was changed within a second.
+        return runpy.run_path(str(path))
+    except Exception as error:
+        raise InputError(f"config file {path}: {type(error).__name__}: {_with_hint(str(error))}") from error
+
+
+def _built(path: Path, name: str, kind: type) -> Any:
+    """What a Python file builds under a name."""
+    value = _run(path).get(name)
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise InputError(
+            f"{name} file {path}: expected {article} {kind.__name__} named `{name}`, got {type(value).__name__}"
+        )
+    return value
 
 
 def _with_hint(message: str) -> str:

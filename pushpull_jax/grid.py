@@ -1,0 +1,220 @@
+"""Several trainings in one compiled program: everything of a run gets a leading axis of members, [M].
+
+Members differ in numbers alone, their `Settings`; what is compiled, shapes above all, they share. They are mapped in
+blocks: `lax.map` over blocks of m members, each block one `vmap`, and the members spread over the devices of the mesh
+axis "grid". Features are the rows of one bank, [N,h,w,C] not standardised, which every member reads.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pushpull_jax.detector import Network, detect_features
+from pushpull_jax.features import Standardisation
+from pushpull_jax.objectives import push_pull, squared
+from pushpull_jax.steps import (
+    Batch,
+    LossFunction,
+    State,
+    clipped_adamw,
+    init_state,
+    make_step,
+    scan_steps,
+    training_apply,
+)
+from pushpull_jax.whitening import Moments, moments
+
+# Share of a device's free memory that a program may take.
+MEMORY_SHARE = 0.5
+# Members that are tried at a time at first, by platform: on CPU one fills the cores and their caches.
+START = {"cpu": 1}
+
+
+class Settings(NamedTuple):
+    """The numbers of one run; those of several are stacked."""
+
+    seed: Any  # [] uint32, of initial weights, dropout and jitter
+    rates: Any  # [steps] float32: learning rate of each step
+    weight_decay: Any  # [] float32, and so on
+    clip_norm: Any
+    jitter: Any
+    alpha: Any
+    k: Any  # [] int32
+    is_push_pull: Any  # [] bool
+    units: Any  # [stages]: of the residuals, see `objectives.push_pull`
+    standardisation: Standardisation
+    examples: dict[str, Any]  # "row" [E], "mask" [E,h,w], "label" [E] and "kind" [E]; members with fewer are padded
+
+
+class Traits(NamedTuple):
+    """What members share and the program is compiled for."""
+
+    network: Network
+    is_jittered: bool  # any of them
+    losses: frozenset[bool]  # whether push-pull, of all members
+    by_stage: bool
+
+
+def grid_mesh(devices: int | None = None) -> Mesh:
+    """All devices, or the first few, along the axis "grid" of a mesh ("grid", "data")."""
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen), 1), ("grid", "data"), (AxisType.Auto,) * 2, devices=chosen)
+
+
+def over_members(function: Callable[[Any, Any], Any], mesh: Mesh, *, block: int) -> Callable[[Any, Any], Any]:
+    """(members' arguments, each leaf [M,...]; shared arguments) -> members' results, each leaf [M,...].
+
+    Args:
+        function: (arguments of one member, shared arguments) -> result.
+        mesh: M is a multiple of its axis "grid", and what each device gets a multiple of `block`.
+        block: members that a device computes at a time.
+    """
+
+    def on_device(members: Any, shared: Any) -> Any:
+        one = functools.partial(_swapped, function, shared)
+        # A block of one is no vmap, under which the steps of a last, shorter chunk would be computed all the same.
+        return jax.lax.map(one, members, batch_size=block if block > 1 else None)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(P("grid"), P()), out_specs=P("grid"), check_vma=False)
+
+
+def _swapped(function: Callable, shared: Any, member: Any) -> Any:
+    return function(member, shared)
+
+
+def place(members: Any, mesh: Mesh) -> Any:
+    """Stacked leaves on the devices of their members."""
+    return jax.device_put(members, NamedSharding(mesh, P("grid")))
+
+
+def replicate(shared: Any, mesh: Mesh) -> Any:
+    """The same on every device."""
+    return jax.device_put(shared, NamedSharding(mesh, P()))
+
+
+def initial(traits: Traits, member: Settings, shared: None) -> State:
+    """The state of one member before the first step."""
+    features, channels = traits.network.features, sum(traits.network.features.widths)
+    shape = (features.grid, features.grid, channels)
+    return init_state(jax.random.key(member.seed), traits.network.reconstructor, _optimizer(member), shape)
+
+
+def train_chunk(
+    traits: Traits, member: tuple[State, Settings, jax.Array], features: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+    """Some steps of one member: (state, settings, indices [n,B] among its examples) -> state, and metrics [n]."""
+    state, settings, indices = member
+    jitter = settings.jitter if traits.is_jittered else 0.0
+    apply = training_apply(traits.network.reconstructor, jitter=jitter)
+    step = make_step(_loss(traits, settings), apply, _optimizer(settings))
+
+    def choose(chosen: jax.Array) -> Batch:
+        batch = {name: leaf[chosen] for name, leaf in settings.examples.items()}
+        return batch | {"features": settings.standardisation(features[batch.pop("row")])}
+
+    return scan_steps(step, choose, state, indices, jax.random.key(settings.seed))
+
+
+def sum_moments(
+    traits: Traits, member: tuple[Any, Standardisation, jax.Array], features: jax.Array
+) -> dict[str, Moments]:
+    """Moments of one member's residuals over some rows [B], -1 for none, of whatever its score is in units of."""
+    parameters, standardisation, rows = member
+    chosen = standardisation(features[rows])
+    rest = chosen - traits.network.reconstructor.apply({"params": parameters}, chosen)
+    counts = (rows >= 0).astype(jnp.float32)
+    return {
+        name: Moments(*(jnp.tensordot(counts, leaf, axes=1) for leaf in moments(part)))
+        for name, part in traits.network.measured(rest).items()
+    }
+
+
+def detect_rows(
+    traits: Traits, member: tuple[dict[str, Any], Standardisation, jax.Array], features: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Scores [B] and maps [B,S,S] of one member of some rows [B]; of a row of -1 they mean nothing."""
+    parameters, standardisation, rows = member
+    return detect_features(traits.network, parameters, standardisation(features[rows]))
+
+
+def _optimizer(settings: Settings):
+    return clipped_adamw(
+        lambda count: settings.rates[count], weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
+    )
+
+
+def _loss(traits: Traits, settings: Settings) -> LossFunction:
+    """The loss of one member; where members differ in it, both are computed and one is taken."""
+    units = ()
+    if traits.by_stage:
+        widths = traits.network.features.widths
+        units = tuple((width, settings.units[stage]) for stage, width in enumerate(widths))
+    push = functools.partial(push_pull, k=settings.k, alpha=settings.alpha, units=units)
+    if len(traits.losses) == 1:
+        return push if True in traits.losses else squared
+    return lambda batch, reconstruction: jnp.where(
+        settings.is_push_pull, push(batch, reconstruction), squared(batch, reconstruction)
+    )
+
+
+class Compiled(NamedTuple):
+    """A program over members that is compiled, and why it computes so many of them at a time."""
+
+    run: Callable
+    block: int
+    reason: str
+
+
+def compile_in_blocks(
+    function: Callable[[Any, Any], Any], mesh: Mesh, members: Any, shared: Any, *, donate: bool = False
+) -> Compiled:
+    """Compile a function of one member for all, with blocks that fit the memory by XLA's own account of the program.
+
+    Args:
+        function: (arguments of one member, shared arguments) -> result.
+        mesh: see `over_members`.
+        members: stacked arguments, or their shapes.
+        shared: shared arguments, or their shapes.
+        donate: whether the members' arguments may be overwritten.
+    """
+    each = jax.tree.leaves(members)[0].shape[0] // mesh.shape["grid"]
+    budget, whose = _free_memory(mesh.devices.flat[0])
+    block = largest_block(each, START.get(mesh.devices.flat[0].platform, 8))
+    while True:
+        mapped = jax.jit(over_members(function, mesh, block=block), donate_argnums=0 if donate else ())
+        compiled = mapped.lower(members, shared).compile()
+        need = _needed(compiled)
+        # Temporary memory grows with the block; what is passed in and out does not.
+        fitting = largest_block(each, max(1, int(block * budget / need)) if need > budget else block)
+        if fitting >= block:
+            break
+        block = fitting
+    said = f"{need / 2**30:.2f} GB of {budget / 2**30:.1f} GB ({MEMORY_SHARE:.0%} of {whose})"
+    return Compiled(compiled, block, f"{each} members a device, {block} at a time: they need {said}")
+
+
+def largest_block(each: int, most: int) -> int:
+    """The largest divisor of the members a device has that is at most `most`."""
+    return next(block for block in range(min(each, most), 0, -1) if each % block == 0)
+
+
+def _needed(compiled: Any) -> int:
+    """Bytes that a compiled program needs on a device besides its arguments."""
+    analysis = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def _free_memory(device: jax.Device) -> tuple[float, str]:
+    """Bytes that a program may take on a device, and of what they are a share."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        return MEMORY_SHARE * free, "the device's free memory"
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return MEMORY_SHARE * free / len(jax.local_devices()), "the machine's free memory, by device"
