@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pushpull_jax.models.reconstructor import Attention, Reconstructor, fold_cells, unfold_cells
+from pushpull_jax.models.reconstructor import Attention, Dropout, Reconstructor, fold_cells, unfold_cells
 
 TINY = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "hidden": 12}
 GRID, CHANNELS = (2, 3), 5
@@ -352,3 +352,35 @@ def test_per_token_positions_give_each_token_its_own(tiny, features):
     per_token = Reconstructor(**TINY, positions="per_token")
     got = jax.jit(per_token.apply)({"params": shared | {"positions": table}}, features)
     np.testing.assert_allclose(got, apply(variables, features), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_has_its_rate_and_independent_bits(rate):
+    """Of ones: 1 / (1 - rate) or 0. Bounds are 5 deviations of the binomial; neighbours and keys share no bits."""
+    x, count = jnp.ones((64, 128, 128)), 2**20
+
+    @jax.jit
+    def kept(key):
+        return Dropout(rate, deterministic=False).apply({}, x, rngs={"dropout": key})
+
+    first, other = np.asarray(kept(jax.random.key(0))), np.asarray(kept(jax.random.key(1)))
+    np.testing.assert_allclose(np.unique(first), [0, 1 / (1 - rate)], rtol=1e-6)
+    dropped, bound = first == 0, 5 * (rate * (1 - rate) / count) ** 0.5
+    assert abs(dropped.mean() - rate) < bound
+    both, bound = rate**2, 5 * (rate**2 * (1 - rate**2) / count) ** 0.5
+    shifts = ((0, 1), (1, 1), (0, 2), (1, 2), (1, 32))
+    for pair in [other == 0, *(np.roll(dropped, step, axis) for axis, step in shifts)]:
+        assert abs((dropped & pair).mean() - both) < bound
+    # A row of 128 loses rate x 128 of its entries, with the deviation of a binomial.
+    assert dropped.sum(-1).var() == pytest.approx(128 * rate * (1 - rate), rel=0.1)
+
+
+def test_dropout_sends_the_gradient_where_the_values_went():
+    """Of w.dropout(x) the gradient is w / (1 - rate) where x was kept."""
+    x, key = jnp.linspace(1, 2, 1000), jax.random.key(0)
+
+    def drop(x):
+        return Dropout(0.25, deterministic=False).apply({}, x, rngs={"dropout": key})
+
+    gradient = jax.jit(jax.grad(lambda x: (jnp.arange(1000.0) * drop(x)).sum()))(x)
+    np.testing.assert_allclose(gradient, np.where(drop(x) > 0, np.arange(1000) / 0.75, 0), rtol=1e-6)

@@ -35,6 +35,33 @@ def unfold_cells(x: jax.Array, fold: int, grid: tuple[int, int]) -> jax.Array:
     return x.reshape(batch, h, w, channels)
 
 
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit depends on every other (C. Wellons's lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _drop(x: jax.Array, seeds: jax.Array, rate: float) -> jax.Array:
+    """Entries of x are 0 with probability `rate`, exact to 2^-32, and the others divided by 1 - rate."""
+    bits = _mix(_mix(jnp.arange(x.size, dtype=jnp.uint32) + seeds[0]) ^ seeds[1]).reshape(x.shape)
+    return jnp.where(bits >= jnp.uint32(int(rate * 2**32)), x / (1 - rate), 0).astype(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """Flax's dropout, but its bits are a hash of the place, far cheaper on CPU than Threefry's.
+
+    Only the two seeds of a mask are drawn by jax's generator.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.deterministic or self.rate == 0:
+            return x
+        seeds = jax.random.bits(self.make_rng(self.rng_collection), (2,))
+        return _drop(x, seeds, self.rate)
+
+
 class Attention(nn.Module):
     """Multi-head attention [B,T,D] x [B,S,D] -> [B,T,D], heads moved in front of tokens (the fast order on CPU)."""
 
@@ -56,7 +83,7 @@ class Attention(nn.Module):
         v = heads_first(value, nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="value"))
         logits = jnp.einsum("bntd,bnsd->bnts", q, k) / (width // self.heads) ** 0.5
         weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        weights = Dropout(self.dropout, deterministic=not train)(weights)
         out = jnp.einsum("bnts,bnsd->bntd", weights, v).transpose(0, 2, 1, 3).reshape(query.shape)
         return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="out")(out)
 
@@ -83,7 +110,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, dtype=self.dtype, name="in")(x))
-        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        hidden = Dropout(self.dropout, deterministic=not train)(hidden)
         return nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="out")(hidden)
 
 
@@ -109,7 +136,7 @@ class Layer(nn.Module):
             return attention(x + positions, memory + positions, memory, train=train)
 
         def residual(x: jax.Array, update: jax.Array, name: str) -> jax.Array:
-            update = nn.Dropout(self.dropout, deterministic=not train)(update)
+            update = Dropout(self.dropout, deterministic=not train)(update)
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x + update)  # torch's epsilon, as UniAD
 
         x = residual(x, attend(x, x, "self_attention"), "norm_self")
