@@ -40,14 +40,12 @@ from pushpull_jax.grid import (
     Traits,
     compile_in_blocks,
     detect_rows,
-    grid_mesh,
     initial,
     over_members,
-    place,
-    replicate,
     sum_moments,
     train_chunk,
 )
+from pushpull_jax.mesh import device_mesh, replicate, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
 from pushpull_jax.scored import Scored, with_pixels
@@ -63,7 +61,7 @@ GRID, MEMBERS, TABLE, REPORT = "ablation.json", "members.jsonl", "ablation.csv",
 COMPILED = (
     "features.", "reconstructor.", "data.source", "data.root", "data.image_size", "data.resize", "data.on_unreadable",
     "training.steps", "training.batch_size", "supervision.by_stage", "scoring.map", "scoring.blocks",
-    "scoring.smoothing", "scoring.window", "log.", "checkpoint.",
+    "scoring.smoothing", "scoring.window", "log.", "checkpoint.", "mesh.",
 )  # fmt: skip
 # Fields that runs which read the same images agree in.
 READ = ("features.", "data.source", "data.root", "data.image_size", "data.resize", "data.on_unreadable")
@@ -206,7 +204,7 @@ def _run_group(
     losses = frozenset(member.config.training.loss == "push_pull" for member in members)
     is_jittered = any(member.config.training.jitter for member in members)
     traits = Traits(network, is_jittered, losses, config.supervision.by_stage)
-    mesh = grid_mesh()
+    mesh = device_mesh(grid=config.mesh.grid)
     features = replicate(bank.features, mesh)
     settings, states = _first(traits, bank, members, mesh)
     inside = folder / f"group_{number}"
@@ -244,10 +242,10 @@ def _first(traits: Traits, bank: FeatureBank, members: list[Member], mesh: Any) 
             units = np.float32(stage_levels(network, start.parameters, normal))
         numbers.append(_settings(member, units, most))
     missing = -len(members) % mesh.shape["grid"]
-    settings = place(_stacked(numbers + numbers[:1] * missing), mesh)
+    settings = _spread(_stacked(numbers + numbers[:1] * missing), mesh)
     if all(state is None for state in hosted):
         return settings, jax.jit(over_members(functools.partial(initial, traits), mesh, block=1))(settings, None)
-    return settings, place(_stacked([jax.device_get(state) for state in hosted + hosted[:1] * missing]), mesh)
+    return settings, _spread(_stacked([jax.device_get(state) for state in hosted + hosted[:1] * missing]), mesh)
 
 
 def _host_state(member: Member, bank: FeatureBank, network: Any) -> State | None:
@@ -282,6 +280,11 @@ def _settings(member: Member, units: np.ndarray, most: int) -> Settings:
     )
 
 
+def _spread(members: Any, mesh: Any) -> Any:
+    """Stacked leaves on the devices of their members."""
+    return spread(members, mesh, "grid")
+
+
 def _stacked(trees: list) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
@@ -296,19 +299,19 @@ def _train(
     with Checkpoints(folder / files.CHECKPOINTS, keep=1) as checkpoints:
         step = checkpoints.latest or 0
         if step:
-            states = place(checkpoints.restore(states), mesh)
+            states = _spread(checkpoints.restore(states), mesh)
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         program = None if step == steps else _compile_training(traits, states, settings, features, mesh, size, config)
         with tqdm(desc=folder.name, total=steps, initial=step, unit="step", file=sys.stderr) as bar:
             while step < steps:
                 last = min((step // size + 1) * size, steps)
                 rows = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
-                indices = place(np.stack(rows + rows[:1] * (count - len(rows))), mesh)
+                indices = _spread(np.stack(rows + rows[:1] * (count - len(rows))), mesh)
                 states, told = program.run((states, settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 files.append_line(log, {"step": last, "loss": losses.tolist()})
                 if last % config.checkpoint.every == 0 or last == steps:
-                    checkpoints.save(states)
+                    checkpoints.save(states, step=last)
                 bar.update(last - step)
                 bar.set_postfix(loss=f"{np.min(losses):.4f} to {np.max(losses):.4f}")
                 step = last
@@ -316,7 +319,7 @@ def _train(
     if curves:
         for member, value in zip(members, curves[-1][1], strict=True):
             if value is None:
-                _say(f"run {member.number}: the loss is not finite; its metrics mean nothing")
+                _say(f"run {member.number}: its last losses are not finite, and those steps were not applied")
     return states, curves
 
 
@@ -324,7 +327,7 @@ def _compile_training(
     traits: Traits, states: State, settings: Settings, features: Any, mesh: Any, size: int, config: Config
 ) -> Compiled:
     shape = (len(settings.seed), size, config.training.batch_size)
-    indices = place(np.zeros(shape, np.int32), mesh)
+    indices = _spread(np.zeros(shape, np.int32), mesh)
     function = functools.partial(train_chunk, traits)
     program = compile_in_blocks(function, mesh, (states, settings, indices), features)
     _say(program.reason)
@@ -341,7 +344,7 @@ class _Scoring:
 
     def __call__(self, members: list[Member], parameters: Any, standardisations: Any) -> list[dict[str, float]]:
         """METRICS of each member."""
-        some = place((parameters, standardisations), self.mesh)
+        some = _spread((parameters, standardisations), self.mesh)
         normal = [np.concatenate([m.data.normal, m.data.held]) for m in members]
         sums: list[dict[str, Moments]] = [{} for _ in members]
         for rows in self._batches(normal):
@@ -351,7 +354,7 @@ class _Scoring:
                     total[name] = Moments(*map(np.add, total[name], own)) if name in total else own
         trees = [with_residuals({}, total) for total in sums]
         trees += trees[:1] * (len(jax.tree.leaves(parameters)[0]) - len(members))
-        usual = place(_stacked(trees), self.mesh)
+        usual = _spread(_stacked(trees), self.mesh)
         tree = {"reconstructor": some[0], **usual}
         scored = [Scored((), np.zeros(0, np.float32), np.zeros(0, bool), {}, {}) for _ in members]
         for first, rows in enumerate(self._batches([m.test.rows for m in members])):
@@ -368,7 +371,7 @@ class _Scoring:
         for i, own in enumerate(rows):
             table[i, : len(own)] = own
         for first in range(0, table.shape[1], BATCH_SIZE):
-            yield place(table[:, first : first + BATCH_SIZE], self.mesh)
+            yield _spread(table[:, first : first + BATCH_SIZE], self.mesh)
 
 
 def _with_batch(scored: Scored, test: Test, first: int, scores: np.ndarray, maps: np.ndarray) -> Scored:

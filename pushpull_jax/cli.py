@@ -26,6 +26,7 @@ from pushpull_jax.config import (
     varied,
 )
 from pushpull_jax.errors import InputError
+from pushpull_jax.preemption import EXIT_CODE, Preempted
 
 USAGE = """\
 usage: pushpull COMMAND ...
@@ -226,7 +227,7 @@ def _summarise(metrics: dict, workdir: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of `pushpull`; exits with 0, 1 (input that cannot be used) or 2 (usage)."""
+    """Entry point of `pushpull`; exits with 0, 1 (input that cannot be used), 2 (usage) or 75 (preempted)."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -247,6 +248,9 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"pushpull {arguments[0]}: {error}", file=sys.stderr)
         sys.exit(1)
+    except Preempted as error:
+        print(f"pushpull {arguments[0]}: {error}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         more = (
             "; the same command goes on from the last checkpoint" if arguments[0] in ("train", "ablate", "demo") else ""

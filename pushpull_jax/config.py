@@ -200,6 +200,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """The devices that it runs on."""
+
+    data: int = 1
+    """Devices that share each batch of a training; -1: all."""
+    grid: int = -1
+    """Devices that share the members of an ablation; -1: all."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -211,6 +221,7 @@ class Config:
     scoring: Scoring = field(default_factory=Scoring)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    mesh: Mesh = field(default_factory=Mesh)
     seed: int = 0
     """Seed of everything random: initial weights, order, dropout, jitter, held-out images, folds, shots, confetti,
     irrelevant images, stored cells."""
@@ -227,7 +238,7 @@ class Ablation:
 
 
 # Fields that do not change the numbers: a resumed run may change them.
-HOW_IT_RUNS = ("log.", "checkpoint.", "data.root")
+HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "data.root")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -472,6 +483,8 @@ def check(config: Config, *, source: str) -> None:
         ("scoring.held_out", 0 < config.scoring.held_out < 1, "between 0 and 1"),
         ("scoring.folds", config.scoring.folds == 0 or config.scoring.folds >= 2, "0, or 2 and more"),
         ("checkpoint.every", _divides(config.log.every, config.checkpoint.every), "a multiple of log.every"),
+        ("mesh.data", config.mesh.data == -1 or config.mesh.data >= 1, "at least 1, or -1"),
+        ("mesh.grid", config.mesh.grid == -1 or config.mesh.grid >= 1, "at least 1, or -1"),
         ("seed", config.seed < 2**32, "below 2**32, a key's 32 bits"),
         *((name, flatten(config)[name] > 0, "positive") for name in _POSITIVE),
         *((name, flatten(config)[name] >= 0, "0 or more") for name in _NOT_NEGATIVE),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pushpull_jax import workdir as files
@@ -22,7 +23,9 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import Network, build_optimizer, detect_features, initial_state, peaks
 from pushpull_jax.errors import InputError
+from pushpull_jax.mesh import device_mesh, replicate
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
+from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.steps import (
     METRICS,
     Batch,
@@ -41,6 +44,7 @@ class Program(NamedTuple):
     """What is compiled once a run: the scan of steps, the scores of features, and the schedule it follows."""
 
     network: Network
+    mesh: Mesh  # that batches are spread over
     chunk: Callable
     residuals: Callable  # (parameters, features [B,h,w,C]) -> moments of each image's residuals, by what asks for them
     scores: Callable  # (parameters, features) -> scores [B] and peaks of the maps [B]
@@ -51,7 +55,8 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     """The compiled parts of a training run."""
     optimizer, rate = build_optimizer(config)
     apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter)
-    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer))
+    mesh = device_mesh(data=config.mesh.data)
+    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer), mesh=mesh)
 
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):
@@ -63,7 +68,7 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
         scored, maps = detect_features(network, parameters, features)
         return scored, peaks(network, maps)
 
-    return Program(network, chunk, residuals, scores, rate)
+    return Program(network, mesh, chunk, residuals, scores, rate)
 
 
 def fit(
@@ -80,16 +85,20 @@ def fit(
         start: parameters of the reconstructor to start from; by default fresh ones.
 
     Raises:
-        InputError: the loss is not finite; the checkpoints before it are kept.
+        InputError: a loss or gradient is not finite; the checkpoints before it are kept.
+        Preempted: SIGTERM came; the state is saved.
+        OSError: a checkpoint could not be written; the last good one is kept.
     """
     steps, size = config.training.steps, config.log.every
-    with Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep) as checkpoints:
+    saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep)
+    with sigterm_noted() as notice, saved as checkpoints:
         state = first_state(config, program.network, examples["features"][pools[0].examples], start)
         if checkpoints.latest is not None:
-            state = jax.device_put(checkpoints.restore(state))
+            state = checkpoints.restore(state)
+            checkpoints.discard_after(int(state.step))  # damaged ones
         elif not steps:
             checkpoints.save(state)
-        examples = jax.device_put(examples)
+        state, examples = replicate(state, program.mesh), replicate(examples, program.mesh)
         step, log = int(state.step), folder / files.LOG
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         with tqdm(desc="training", total=steps, initial=step, unit="step", file=sys.stderr) as bar:
@@ -98,16 +107,21 @@ def fit(
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
                 indices = chunk_indices(config, pools, step, last)
                 state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
-                row = {"step": last, **_means(metrics, last - step)}
+                row = {"step": last, **_means(metrics, step, last, config)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
-                _check_finite(row, step, config)
                 files.append_line(log, row)
-                if last % config.checkpoint.every == 0 or last == steps:
+                checkpoints.check()
+                is_told = notice.came  # asked once, since it may come at any moment
+                if last % config.checkpoint.every == 0 or last == steps or is_told:
                     checkpoints.save(state)
                 bar.update(last - step)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}")
                 step = last
+                if is_told:
+                    break
+    if notice.came:  # said when the state is written
+        raise Preempted(f"{folder}: told to stop; the state of step {step} is saved")
     return state
 
 
@@ -129,7 +143,7 @@ def cross_fit(
     images; anomalies are trained on in every fold.
     """
     normal = pools[0].examples
-    features, on_device = examples["features"][normal], jax.device_put(examples)
+    features, on_device = examples["features"][normal], replicate(examples, program.mesh)
     count, steps, size = config.scoring.folds, config.training.steps, config.log.every
     order = np.random.default_rng(config.seed).permutation(len(features))
     results = tuple(np.empty(len(features), np.float32) for _ in ("scores", "peaks"))
@@ -137,13 +151,13 @@ def cross_fit(
         for fold in range(count):
             held = order[fold::count]
             kept = np.setdiff1d(order, held)
-            state = first_state(config, program.network, features[kept], None)
+            state = replicate(first_state(config, program.network, features[kept], None), program.mesh)
             some = (pools[0]._replace(examples=normal[kept]), *pools[1:])
             for step in range(0, steps, size):
                 last = min(step + size, steps)
                 indices = chunk_indices(config, some, step, last)
                 state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
-                _check_finite(_means(metrics, last - step), step, config)
+                _means(metrics, step, last, config)
                 bar.update(last - step)
             trained = frozen | {"reconstructor": state.parameters}
             parameters = with_residuals(trained, residual_sums(program, trained, features[kept]))
@@ -217,16 +231,18 @@ def chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) 
     return indices
 
 
-def _means(metrics: dict[str, jax.Array], count: int) -> dict[str, float]:
-    """Means of what the first `count` steps of a chunk tell, read from the device once."""
-    return {name: float(np.mean(values[:count])) for name, values in jax.device_get(metrics).items()}
+def _means(metrics: dict[str, jax.Array], first: int, last: int, config: Config) -> dict[str, float]:
+    """Means of what the steps from `first` to `last` of a chunk tell, read from the device once.
 
-
-def _check_finite(row: dict[str, float], step: int, config: Config) -> None:
-    # The gradient too: a finite loss whose gradient is not leaves a state that must not be saved.
+    Raises:
+        InputError: a loss or gradient is not finite; that step was not applied, and nothing of it is saved.
+    """
+    told = {name: values[: last - first] for name, values in jax.device_get(metrics).items()}
     for name in METRICS:
-        if not np.isfinite(row[name]):
+        if not np.isfinite(told[name]).all():
+            at = int(np.flatnonzero(~np.isfinite(told[name]))[0])
             raise InputError(
-                f"the {name} is {row[name]} soon after step {step}; training.learning_rate is "
+                f"the {name} of step {first + at + 1} is {told[name][at]}; training.learning_rate is "
                 f"{config.training.learning_rate}, and a lower one may help"
             )
+    return {name: float(np.mean(values)) for name, values in told.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pushpull_jax.detector import Network, detect_features
@@ -60,12 +60,6 @@ class Traits(NamedTuple):
     by_stage: bool
 
 
-def grid_mesh(devices: int | None = None) -> Mesh:
-    """All devices, or the first few, along the axis "grid" of a mesh ("grid", "data")."""
-    chosen = jax.devices()[:devices]
-    return jax.make_mesh((len(chosen), 1), ("grid", "data"), (AxisType.Auto,) * 2, devices=chosen)
-
-
 def over_members(function: Callable[[Any, Any], Any], mesh: Mesh, *, block: int) -> Callable[[Any, Any], Any]:
     """(members' arguments, each leaf [M,...]; shared arguments) -> members' results, each leaf [M,...].
 
@@ -85,16 +79,6 @@ def over_members(function: Callable[[Any, Any], Any], mesh: Mesh, *, block: int)
 
 def _swapped(function: Callable, shared: Any, member: Any) -> Any:
     return function(member, shared)
-
-
-def place(members: Any, mesh: Mesh) -> Any:
-    """Stacked leaves on the devices of their members."""
-    return jax.device_put(members, NamedSharding(mesh, P("grid")))
-
-
-def replicate(shared: Any, mesh: Mesh) -> Any:
-    """The same on every device."""
-    return jax.device_put(shared, NamedSharding(mesh, P()))
 
 
 def initial(traits: Traits, member: Settings, shared: None) -> State:

@@ -14,11 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Batch, jax.Array], jax.Array]
 ApplyFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
+
+# Of a batch that was filled up to be spread over devices: 1 for an example, 0 for what only fills it.
+WEIGHT = "weight"
 
 # What a step tells of itself, float32 scalars.
 METRICS = ("loss", "gradient_norm")
@@ -98,8 +103,11 @@ def make_step(
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """One optimisation step as a pure function (state, batch, key) -> (state, a dict of METRICS).
 
+    A step whose loss or gradient is not finite is not applied: the state stays as it was, its count of steps too.
+
     Args:
-        loss_fn: (batch, reconstruction [B,h,w,C]) -> [B]; the mean over the batch is taken here.
+        loss_fn: (batch, reconstruction [B,h,w,C]) -> [B]; the mean over the batch is taken here, over the examples
+            whose WEIGHT is 1, where a batch has one.
         apply_fn: (parameters, features [B,h,w,C], key) -> reconstruction [B,h,w,C].
         optimizer: of optax.
     """
@@ -110,18 +118,29 @@ def make_step(
             if losses.shape != batch["features"].shape[:1]:
                 examples = batch["features"].shape[0]
                 raise ValueError(f"expected a loss of one value an example, [{examples}], got {list(losses.shape)}")
-            return jnp.mean(losses)
+            weight = batch.get(WEIGHT)
+            return jnp.mean(losses) if weight is None else jnp.sum(losses * weight) / jnp.sum(weight)
 
         loss, gradients = jax.value_and_grad(mean_loss)(state.parameters)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         new = State(state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state)
-        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda after, before: jnp.where(is_finite, after, before), new, state)
+        return new, {"loss": loss, "gradient_norm": norm}
 
     return step
 
 
-def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array], tuple[State, dict[str, jax.Array]]]:
+def make_chunk(
+    step: Callable, *, mesh: Mesh | None = None
+) -> Callable[[State, Batch, np.ndarray, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """A compiled scan of steps over examples that stay on the device.
+
+    Args:
+        step: of `make_step`.
+        mesh: devices over whose axis "data" each batch is spread; a batch that does not divide is filled up. State and
+            examples are to be replicated on them. By default the one device of the arguments.
 
     Returns:
         (state, examples, indices [N,B], key) -> (state, metrics [N]). The state is donated. `examples` is a dict of
@@ -132,9 +151,26 @@ def make_chunk(step: Callable) -> Callable[[State, Batch, np.ndarray, jax.Array]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def chunk(state: State, examples: Batch, indices: jax.Array, key: jax.Array):
-        return scan_steps(step, lambda chosen: jax.tree.map(lambda leaf: leaf[chosen], examples), state, indices, key)
+        def choose(chosen: jax.Array) -> Batch:
+            batch = jax.tree.map(lambda leaf: leaf[_filled(chosen, mesh)], examples)
+            return batch if mesh is None else _spread(batch, len(chosen), mesh)
+
+        return scan_steps(step, choose, state, indices, key)
 
     return chunk
+
+
+def _filled(chosen: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """A row of indices, filled up with 0 to a multiple of the devices that a batch is spread over."""
+    return chosen if mesh is None else jnp.pad(chosen, (0, -len(chosen) % mesh.shape["data"]))
+
+
+def _spread(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """A batch over the devices; with WEIGHT, where it is more than `count` examples."""
+    size = len(batch["features"])
+    if size > count:
+        batch = batch | {WEIGHT: (jnp.arange(size) < count).astype(jnp.float32)}
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, P("data")))
 
 
 def scan_steps(

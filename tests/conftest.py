@@ -37,8 +37,8 @@ def stopped_at(monkeypatch):
     def stopped_at(step: int):
         save = Checkpoints.save
 
-        def save_then_stop(self, state):
-            save(self, state)
+        def save_then_stop(self, state, **options):
+            save(self, state, **options)
             if int(state.step.ravel()[0]) == step:
                 raise KeyboardInterrupt
 

@@ -214,13 +214,13 @@ def test_chunk_of_steps_does_not_change_the_numbers(run, config, tmp_path):
 
 def test_cross_fitting_scores_every_image_by_a_detector_without_it(config, tmp_path, monkeypatch):
     trained_on = []
-    original = fit_module._chunk_indices
+    original = fit_module.chunk_indices
 
     def recorded(config, pools, first, last):
         trained_on.append(set(pools[0].examples.tolist()))
         return original(config, pools, first, last)
 
-    monkeypatch.setattr(fit_module, "_chunk_indices", recorded)
+    monkeypatch.setattr(fit_module, "chunk_indices", recorded)
     train(replace(config, scoring=replace(config.scoring, folds=3)), tmp_path / "run")
     threshold = json.loads((tmp_path / "run/threshold.json").read_text())
     assert len(threshold["held_out_scores"]) == 12  # all of them
@@ -358,7 +358,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(config, tmp_path):
         return losses.reconstruction_loss(batch["features"], reconstruction) + jnp.sqrt(0 * difference).sum((1, 2, 3))
 
     every_step = replace(config, log=Log(every=1), checkpoint=Checkpoint(every=1))
-    with pytest.raises(InputError, match="gradient_norm is nan"):
+    with pytest.raises(InputError, match="gradient_norm of step 1 is nan"):
         train(every_step, tmp_path / "run", loss_fn=singular)
     assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
 

@@ -14,14 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # The architecture, from the command line down: a module imports only from those after it.
 LAYERS = (
     "cli", "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored", "prediction", "report",
-    "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "steps", "features",
+    "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "preemption", "steps",
+    "features",
     "data.supervision", "data.sources", "data.prepared", "data.tfds_builders", "data.pipeline", "data.images",
     "data.visa", "data.mvtec_ad", "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "backbones", "conversion.efficientnet", "conversion.resnet", "conversion.vit",
     "conversion.keras_h5", "conversion.tensors", "models.reconstructor", "models.convolutional", "models.nearest",
     "models.efficientnet", "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",
     "confetti_noise", "batching", "calibration", "streaming_metrics", "metrics", "ranking", "compilation_cache",
-    "whitening", "scoring", "losses", "shapes", "workdir", "config", "errors",
+    "whitening", "scoring", "losses", "shapes", "workdir", "mesh", "config", "errors",
 )  # fmt: skip
 
 

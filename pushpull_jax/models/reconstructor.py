@@ -141,6 +141,7 @@ class Layer(nn.Module):
 
         x = residual(x, attend(x, x, "self_attention"), "norm_self")
         if memory is not None:
+            x = jnp.broadcast_to(x, memory.shape)
             x = residual(x, attend(x, memory, "cross_attention"), "norm_cross")
         update = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")(x, train=train)
         return residual(x, update, "norm_feed_forward")
@@ -187,7 +188,10 @@ class Reconstructor(nn.Module):
         x = memory
         if self.query:
             query = self.param("query", nn.initializers.normal(0.02), (tokens.shape[1], self.width))
-            x = jnp.broadcast_to(query.astype(self.dtype), memory.shape)
+            x = query[None].astype(self.dtype)
+            # Until it attends to the memory it is the same for every example, but for what dropout leaves of it.
+            if (train and self.dropout) or not self.decoder_layers:
+                x = jnp.broadcast_to(x, memory.shape)
         for i in range(self.decoder_layers):
             x = Layer(*settings, name=f"decoder_{i}")(x, positions, memory, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)

@@ -1,0 +1,44 @@
+"""The devices that a program runs on, as a mesh of two axes: "grid", members of an ablation, and "data", of a batch.
+
+Arrays are placed by the leading axis that is spread; what every device needs is replicated.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pushpull_jax.errors import InputError
+
+AXES = ("grid", "data")
+
+
+def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
+    """The first devices as a mesh.
+
+    Args:
+        grid: devices along "grid"; -1 takes all that "data" leaves.
+        data: devices along "data"; likewise.
+
+    Raises:
+        InputError: there are fewer devices, or both are -1.
+    """
+    count = jax.device_count()
+    if grid == data == -1:
+        raise InputError("mesh.grid and mesh.data: only one of them can be -1, all devices")
+    shape = (count // data if grid == -1 else grid, count // grid if data == -1 else data)
+    if min(shape) < 1 or shape[0] * shape[1] > count:
+        raise InputError(f"mesh.grid {grid} and mesh.data {data}: there are {count} devices")
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
+
+
+def spread(tree: Any, mesh: Mesh, axis: str) -> Any:
+    """Leaves on the devices of a mesh axis, by their leading axis, which that divides."""
+    return jax.device_put(tree, NamedSharding(mesh, P(axis)))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The same on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))

@@ -1,0 +1,41 @@
+"""Being told to stop: SIGTERM asks a training to save its state and end, as clusters do before they take a machine.
+
+The signal is only noted when it comes, and asked for between two chunks of steps, so that no step is ever half done.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+# Of the command line, when a run was preempted: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
+EXIT_CODE = 75
+
+
+class Preempted(Exception):
+    """A run was told to stop; its state is saved, and the same command goes on with it."""
+
+
+class Notice:
+    """Whether to stop."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[Notice]:
+    """While it lasts SIGTERM is noted instead of ending the process; only in the main thread, as Python has it."""
+    notice = Notice()
+    if threading.current_thread() is not threading.main_thread():
+        yield notice
+        return
+
+    def note(*_: object) -> None:
+        notice.came = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield notice
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,158 @@
+"""One program on one device and on several: the same losses, gradients and weights, to the rounding of float32."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pushpull_jax import fit as fit_module
+from pushpull_jax.checkpoint import Checkpoints
+from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Mesh, Reconstructor, Scoring, Training
+from pushpull_jax.data.demo import write_demo
+from pushpull_jax.detector import build_network, initial_state
+from pushpull_jax.errors import InputError
+from pushpull_jax.mesh import device_mesh, replicate
+from pushpull_jax.models.reconstructor import Reconstructor as Transformer
+from pushpull_jax.objectives import squared
+from pushpull_jax.steps import init_state, make_chunk, make_optimizer, make_step, training_apply
+from pushpull_jax.training import train
+
+MODEL = Transformer(width=16, encoder_layers=1, decoder_layers=1, heads=2, hidden=32, dropout=0.1)
+
+
+def optimizer(learning_rate=1e-3):
+    return make_optimizer(
+        learning_rate=learning_rate, schedule="constant", warmup_steps=0, steps=50, weight_decay=1e-4, clip_norm=1.0
+    )[0]
+
+
+def trained(devices: int, *, batch: int, steps: int = 20):
+    """Losses and last state of a training with dropout and jitter, its batches spread over some devices."""
+    rng = np.random.default_rng(0)
+    examples = {"features": np.float32(rng.standard_normal((30, 4, 4, 12)))}
+    indices = np.stack([rng.permutation(30)[:batch] for _ in range(steps)]).astype(np.int32)
+    mesh, tx = device_mesh(data=devices), optimizer()
+    chunk = make_chunk(make_step(squared, training_apply(MODEL, jitter=0.3), tx), mesh=mesh)
+    state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+    state, told = chunk(state, replicate(examples, mesh), indices, jax.random.key(2))
+    return np.asarray(told["loss"]), state
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(8, 16), (8, 11), (3, 4), (5, 2)])
+def test_losses_do_not_depend_on_the_devices(devices, batch):
+    """Batches of 11 on 8 devices, and of 2 on 5, are filled up, and what fills them has no weight."""
+    one, several = trained(1, batch=batch), trained(devices, batch=batch)
+    np.testing.assert_allclose(several[0], one[0], rtol=1e-5)
+    assert len(jax.tree.leaves(several[1])[0].sharding.device_set) == devices
+
+
+def test_a_batch_is_spread_and_its_gradients_are_summed_over_the_devices():
+    tx, mesh = optimizer(), device_mesh(data=8)
+    chunk = make_chunk(make_step(squared, training_apply(MODEL), tx), mesh=mesh)
+    state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+    examples = replicate({"features": np.zeros((30, 4, 4, 12), np.float32)}, mesh)
+    compiled = chunk.lower(state, examples, np.zeros((2, 16), np.int32), jax.random.key(0)).compile().as_text()
+    assert "all-reduce" in compiled
+    assert "f32[2,4,4,12]" in compiled  # two of sixteen examples a device
+
+
+def test_gradients_of_the_first_step_do_not_depend_on_the_devices():
+    """Of plain gradient descent the parameters after one step are those before it less the gradient."""
+    import optax
+
+    rng = np.random.default_rng(3)
+    examples = {"features": np.float32(rng.standard_normal((16, 4, 4, 12)))}
+    gradients = []
+    for devices in (1, 8):
+        mesh, tx = device_mesh(data=devices), optax.sgd(1.0)
+        chunk = make_chunk(make_step(squared, training_apply(MODEL), tx), mesh=mesh)
+        state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+        before = jax.device_get(state.parameters)
+        state, _ = chunk(state, replicate(examples, mesh), np.arange(16, dtype=np.int32)[None], jax.random.key(2))
+        gradients.append(jax.tree.map(np.subtract, before, jax.device_get(state.parameters)))
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * max(np.abs(one).max(), 1e-2))
+
+
+def test_a_step_that_is_not_finite_is_not_applied():
+    tx = optimizer()
+    step = jax.jit(make_step(squared, training_apply(MODEL), tx))
+    state = init_state(jax.random.key(1), MODEL, tx, (4, 4, 12))
+    new, told = step(state, {"features": jnp.full((2, 4, 4, 12), jnp.nan)}, jax.random.key(0))
+    assert np.isnan(told["loss"])
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    folder = tmp_path_factory.mktemp("data")
+    write_demo(folder, train=10, good=2, per_defect=1, size=64)
+    return Config(
+        data=Data(root=str(folder), category="flange", image_size=64),
+        features=Features(backbone="pixels", stages=(2, 3), grid=8, standardise=True),
+        reconstructor=Reconstructor(width=16, encoder_layers=0, decoder_layers=1, heads=2, hidden=16),
+        training=Training(steps=6, batch_size=6, learning_rate=3e-3),
+        scoring=Scoring(held_out=0.2),
+        log=Log(every=2),
+        checkpoint=Checkpoint(every=2),
+    )
+
+
+def test_a_run_on_all_devices_is_the_run_on_one(config, tmp_path):
+    """And a run that began on one goes on on eight: how it runs may differ."""
+    train(config, tmp_path / "one")
+    several = replace(config, mesh=Mesh(data=-1))
+    train(several, tmp_path / "eight")
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "eight")]
+    assert metrics[0]["image_auroc"] == pytest.approx(metrics[1]["image_auroc"], abs=1 / (5 * 2) + 1e-9)
+    assert metrics[0]["pixel_auroc"] == pytest.approx(metrics[1]["pixel_auroc"], abs=1e-3)
+    states = [restored(tmp_path / name, config) for name in ("one", "eight")]
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
+    train(several, tmp_path / "one")  # it is finished: nothing is trained again, and the config is accepted
+
+
+def restored(workdir: Path, config: Config):
+    with Checkpoints(workdir / "checkpoints", create=False) as checkpoints:
+        return checkpoints.restore(initial_state(config, build_network(config))).parameters
+
+
+def test_the_loop_reads_the_device_once_a_chunk(config, tmp_path, monkeypatch):
+    """Reads are counted at jax.device_get, which nothing else in the loop stands in for."""
+    reads, original, build = [], jax.device_get, fit_module.build_program
+
+    def guarded(*arguments):
+        program = build(*arguments)
+
+        def chunk(*inputs):
+            state, told = program.chunk(*inputs)
+            reads.append("chunk")
+            return state, told
+
+        return program._replace(chunk=chunk)
+
+    monkeypatch.setattr("pushpull_jax.training.build_program", guarded)
+    monkeypatch.setattr(jax, "device_get", lambda tree: (reads.append("read"), original(tree))[1])
+    folder = tmp_path / "run"
+    train(replace(config, checkpoint=Checkpoint(every=6)), folder)
+    loop = reads[: len(reads) - reads[::-1].index("chunk") + 1]
+    assert [read for read in loop if read == "chunk"] == ["chunk"] * 3
+    assert "".join(loop)[-len("chunkread" * 3) :] == "chunkread" * 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [({"data": 9}, "there are 8 devices"), ({"grid": 3, "data": 3}, "there are 8"), ({"grid": -1, "data": -1}, "-1")],
+)
+def test_a_mesh_that_cannot_be_is_one_message(wanted, expected):
+    with pytest.raises(InputError, match=expected):
+        device_mesh(**wanted)
+
+
+def test_a_mesh_takes_all_devices_that_are_left():
+    assert dict(device_mesh(data=-1).shape) == {"grid": 1, "data": 8}
+    assert dict(device_mesh(grid=-1, data=4).shape) == {"grid": 2, "data": 4}
