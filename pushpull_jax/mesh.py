@@ -3,6 +3,7 @@
 Arrays are placed by the leading axis that is spread; what every device needs is replicated.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -32,6 +33,18 @@ def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
         raise InputError(f"mesh.grid {grid} and mesh.data {data}: there are {count} devices")
     devices = jax.devices()[: shape[0] * shape[1]]
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
+
+
+def computed_on() -> dict[str, Any]:
+    """What the bits of a result depend on besides versions: devices and CPUs, dtype and precision of products."""
+    devices = jax.devices()
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "cpus": os.cpu_count(),
+        "dtype": "float32",
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+    }
 
 
 def spread(tree: Any, mesh: Mesh, axis: str) -> Any:

@@ -28,6 +28,7 @@ from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
 from pushpull_jax.feature_bank import FeatureBank
 from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
+from pushpull_jax.mesh import computed_on
 from pushpull_jax.objectives import configured_loss
 from pushpull_jax.start import check_start, read_start
 from pushpull_jax.steps import LossFunction
@@ -97,6 +98,7 @@ def train(
                 f"workdir {folder} holds a run on other data: other files can be read now, or it started from "
                 "another run"
             )
+        _say_if_bits_differ(folder)
         # The intervals, the place of the data and, with a constant schedule, the steps may be new.
         files.write_config(folder, config, **files.read_config(folder)[1])
         for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
@@ -106,7 +108,7 @@ def train(
         told = backbone_metadata(network.features.backbone)
         save_parameters(folder / files.BACKBONE, frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
-        files.write_config(folder, config, **rest, **given)
+        files.write_config(folder, config, **rest, **given, computed_on=computed_on())
     first = start.parameters if start else None
     examples, normal, held = data.batch(bank), data.features(bank, data.normal), data.features(bank, data.held)
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, normal))
@@ -121,6 +123,20 @@ def train(
         unseen = score_held_out(program, trained, sums, held)
     _write_threshold(folder, config, data, *unseen)
     return _evaluated(folder, records, reconstructor)
+
+
+def _say_if_bits_differ(folder: Path) -> None:
+    """A run that goes on elsewhere comes to the same numbers up to rounding, not to the last bit."""
+    there = files.read_config(folder)[1]
+    pairs = [
+        (f"{name} {before}", f"{here[name]}")
+        for part, here in (("computed_on", computed_on()), ("versions", files.versions()))
+        for name, before in there.get(part, {}).items()
+        if here.get(name) != before
+    ]
+    if pairs:
+        changes = ", ".join(f"{before} there, {now} here" for before, now in pairs)
+        _say(f"{folder} was begun elsewhere, so its bits will differ: {changes}")
 
 
 def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: np.ndarray, peaks: np.ndarray) -> None:

@@ -116,6 +116,19 @@ def test_a_run_on_all_devices_is_the_run_on_one(config, tmp_path):
     train(several, tmp_path / "one")  # it is finished: nothing is trained again, and the config is accepted
 
 
+def test_a_run_that_goes_on_elsewhere_says_that_its_bits_differ(config, tmp_path, stopped_at, capsys):
+    with stopped_at(4):
+        train(config, tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    assert told["computed_on"]["devices"] == 8 and told["computed_on"]["dtype"] == "float32"
+    path.write_text(json.dumps(told | {"computed_on": told["computed_on"] | {"device": "TPU v9"}}))
+    train(config, tmp_path)
+    assert "begun elsewhere, so its bits will differ: device TPU v9 there, cpu here" in capsys.readouterr().err
+    train(config, tmp_path)
+    assert "bits will differ" not in capsys.readouterr().err  # it is finished
+
+
 def restored(workdir: Path, config: Config):
     with Checkpoints(workdir / "checkpoints", create=False) as checkpoints:
         return checkpoints.restore(initial_state(config, build_network(config))).parameters
