@@ -48,6 +48,7 @@ from pushpull_jax.grid import (
 from pushpull_jax.mesh import device_mesh, replicate, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
+from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.scored import Scored, with_pixels
 from pushpull_jax.start import Start, check_start, read_start
 from pushpull_jax.steps import State
@@ -296,10 +297,13 @@ def _train(
     config = members[0].config
     steps, size, count = config.training.steps, config.log.every, len(settings.seed)
     log = folder / files.LOG
-    with Checkpoints(folder / files.CHECKPOINTS, keep=1) as checkpoints:
+    with sigterm_noted() as notice, Checkpoints(folder / files.CHECKPOINTS, keep=1) as checkpoints:
         step = checkpoints.latest or 0
-        if step:
-            states = _spread(checkpoints.restore(states), mesh)
+        try:
+            states = _spread(checkpoints.restore(states, step=step), mesh) if step else states
+        except InputError as error:
+            _say(f"{error}; {folder.name} is trained anew")
+            checkpoints.discard_after(step := 0)
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         program = None if step == steps else _compile_training(traits, states, settings, features, mesh, size, config)
         with tqdm(desc=folder.name, total=steps, initial=step, unit="step", file=sys.stderr) as bar:
@@ -310,8 +314,12 @@ def _train(
                 states, told = program.run((states, settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 files.append_line(log, {"step": last, "loss": losses.tolist()})
-                if last % config.checkpoint.every == 0 or last == steps:
+                checkpoints.check()
+                told_to_stop = notice.came
+                if last % config.checkpoint.every == 0 or last == steps or told_to_stop:
                     checkpoints.save(states, step=last)
+                if told_to_stop:
+                    raise Preempted(f"{folder}: told to stop; the states of step {last} are saved")
                 bar.update(last - step)
                 bar.set_postfix(loss=f"{np.min(losses):.4f} to {np.max(losses):.4f}")
                 step = last

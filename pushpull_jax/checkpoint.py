@@ -86,28 +86,29 @@ class Checkpoints:
             if newer > step:
                 self._manager.delete(newer)
 
-    def restore(self, like: State) -> State:
-        """The newest state that is whole.
+    def restore(self, like: State, *, step: int | None = None) -> State:
+        """The newest state that is whole, or that of one step.
 
         Args:
             like: the tree with a shape and dtype at every leaf.
+            step: the only one that will do.
 
         Raises:
             InputError: there is no checkpoint, or none can be restored into this tree; what is said is of the newest.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = [one for one in sorted(self._manager.all_steps(), reverse=True) if step in (None, one)]
         if not steps:
-            raise InputError(f"{self._folder}: there is no checkpoint")
+            raise InputError(f"{self._folder}: there is no checkpoint{'' if step is None else f' of step {step}'}")
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
         newest = None
-        for step in steps:
+        for one in steps:
             try:
-                state = self._restore(step, abstract)
+                state = self._restore(one, abstract)
             except InputError as error:
                 newest = newest or error
             else:
                 if newest:
-                    tqdm.write(f"{newest}; that of step {step} is used instead", file=sys.stderr)
+                    tqdm.write(f"{newest}; that of step {one} is used instead", file=sys.stderr)
                 return state
         raise newest
 

@@ -319,6 +319,7 @@ def load_frozen(folder: Path, network: Network) -> dict[str, Any]:
 
 
 def restore_parameters(folder: Path, config: Config, network: Network) -> Any:
-    """The parameters of a run's reconstructor, from its newest checkpoint."""
+    """The parameters of a finished run's reconstructor, of its last step: no others fit its thresholds."""
+    like = jax.eval_shape(lambda: initial_state(config, network))
     with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
-        return checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network))).parameters
+        return checkpoints.restore(like, step=config.training.steps).parameters

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check
 from pushpull_jax.data.manifest import fingerprint
-from pushpull_jax.detector import build_network, load_frozen, read_network
+from pushpull_jax.detector import Network, build_network, initial_state, load_frozen, read_network
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
@@ -72,7 +73,7 @@ def train(
     records = read_run(config)  # wrong data are said before weights are downloaded
     if resumed:
         _check_same(folder, records, given)
-        if _is_finished(folder, config):
+        if _is_finished(folder, config, described):
             files.write_config(folder, config, **files.read_config(folder)[1])
             _say(f"{folder} is finished")
             return _evaluated(folder, records, reconstructor)
@@ -184,9 +185,16 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
-def _is_finished(folder: Path, config: Config) -> bool:
+def _is_finished(folder: Path, config: Config, network: Network) -> bool:
+    """Whether the thresholds are there, and the state of the last step, whole."""
     with Checkpoints(folder / files.CHECKPOINTS, create=False) as checkpoints:
-        return (folder / files.THRESHOLD).is_file() and checkpoints.latest == config.training.steps
+        if not (folder / files.THRESHOLD).is_file() or checkpoints.latest != config.training.steps:
+            return False
+        try:
+            checkpoints.restore(jax.eval_shape(lambda: initial_state(config, network)), step=checkpoints.latest)
+        except InputError:  # it is damaged: the run goes on from the one before, and says so
+            return False
+        return True
 
 
 def _check_same(folder: Path, records: RunRecords, given: dict[str, str]) -> None:

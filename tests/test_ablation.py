@@ -172,6 +172,22 @@ def test_a_stopped_grid_goes_on_to_the_same_numbers(ablation, finished, tmp_path
     assert ablate(ablation, folder) == finished[1]
 
 
+def test_a_grid_whose_checkpoint_is_damaged_is_trained_anew(config, tmp_path, stopped_at, one_device, capsys):
+    grid_of_two = Ablation(config, {"seed": (0, 1)})
+    with stopped_at(2):
+        ablate(grid_of_two, tmp_path)
+    for path in (tmp_path / "group_0/checkpoints/2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    ablate(grid_of_two, tmp_path)
+    assert "group_0 is trained anew" in capsys.readouterr().err
+    assert [step for step, _ in json.loads((tmp_path / "members.jsonl").read_text().splitlines()[1])["loss"]] == [
+        2,
+        4,
+        5,
+    ]
+
+
 def test_another_grid_in_the_folder_is_refused(ablation, finished):
     with pytest.raises(InputError, match="another vary"):
         ablate(replace(ablation, vary=ablation.vary | {"seed": (0, 1)}), finished[0])
