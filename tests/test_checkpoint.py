@@ -247,7 +247,7 @@ def test_a_flipped_bit_that_orbax_restores(two, capsys):
         tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
         tree = manager.restore(10, args=ocp.args.StandardRestore(tree))
     tree.pop("digest")
-    with pytest.raises(AssertionError, match="Mismatched elements"):
+    with pytest.raises(AssertionError, match="Arrays are not equal"):  # a bit of an exponent gives nan
         assert_same(State(**tree), state_of(10, shapes=LARGE))
     assert_same(restore(two, state_of(0, shapes=LARGE)), state_of(2, shapes=LARGE))
     assert "10: is damaged: its arrays are not those that were saved; that of step 2 is used" in capsys.readouterr().err
