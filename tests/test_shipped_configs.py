@@ -160,7 +160,7 @@ def test_trains_with_its_own_backbone(trained, name):
     workdir = trained(name, real=True)
     assert_is_a_whole_run(workdir, name)
     metadata = json.loads((workdir / "config.json").read_text())["backbone"]
-    assert metadata["name"] == load_config(name).features.backbone
+    assert metadata["backbone"] == load_config(name).features.backbone
 
 
 @pytest.mark.parametrize(("name", "path"), shipped_configs().items())
