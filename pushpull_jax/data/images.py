@@ -15,7 +15,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -158,10 +158,11 @@ def resize_image(image: np.ndarray, *, size: int, mode: Resize = "stretch") -> n
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image must be [H,W,3], at least one pixel, got {list(image.shape)}")
     top, left, height, width = _box(*image.shape[:2], size, mode)
-    columns = np.swapaxes(_apply(_resize_bands(image.shape[0], height), image), 0, 1)
-    resized = np.swapaxes(_apply(_resize_bands(image.shape[1], width), columns), 0, 1)
+    rows, columns = _resize_blocks(image.shape[0], height, 1), _resize_blocks(image.shape[1], width, 3)
+    values = image.astype(np.float32).reshape(len(image), -1)
+    resized = _multiplied(rows, columns, values).reshape(height, width, 3)
     if (height, width) == (size, size):
-        return np.ascontiguousarray(resized)
+        return resized
     square = np.full((size, size, 3), LETTERBOX_GREY, np.float32)
     square[top : top + height, left : left + width] = resized
     return square
@@ -242,7 +243,7 @@ def _anomalous_area(mask: np.ndarray, grid: tuple[int, int], size: int, mode: Re
     top, left, height, width = _box(*mask.shape, size, mode)
     rows = _overlaps(mask.shape[0], grid[0], start=top, length=height, total=size)
     columns = _overlaps(mask.shape[1], grid[1], start=left, length=width, total=size)
-    area = _apply(_bands(columns), _apply(_bands(rows), mask).T).T
+    area = _multiplied(_blocks(rows), _blocks(columns), mask.astype(np.float64))
     return area, size * mask.shape[0] * size * mask.shape[1]
 
 
@@ -257,31 +258,55 @@ def _overlaps(n_in: int, n_out: int, *, start: int, length: int, total: int) -> 
     return np.maximum(overlap, 0).astype(np.float64)
 
 
-@functools.lru_cache(maxsize=64)
-def _resize_bands(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
-    return _bands(resize_weights(n_in, n_out))
+class _Block(NamedTuple):
+    """Some rows of a matrix, without the columns that are zero in all of them."""
+
+    rows: slice
+    columns: slice
+    weights: np.ndarray
 
 
-def _bands(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a matrix [n_out, n_in] without their zeros: index of the first input [n_out], weights [n_out, taps].
+# Rows of a block. Few, so that little of it is zero, and enough for a product of matrices to pay; 4 to 32 were tried.
+_BLOCK_ROWS = 8
 
-    An output of an image has few inputs that carry weight, next to each other.
+
+def _blocks(matrix: np.ndarray) -> list[_Block]:
+    """The blocks of a matrix [n_out, n_in] that has its weights about the diagonal.
+
+    Their dense products take an eighth of the time of gathering each row's inputs (900 px to 256 px, two cores).
     """
-    n_in = weights.shape[1]
-    first = (weights > 0).argmax(axis=1)
-    last = np.where(weights.any(axis=1), n_in - 1 - (weights[:, ::-1] > 0).argmax(axis=1), first)
-    taps = int((last - first).max()) + 1
-    first = np.minimum(first, n_in - taps)
-    return first, np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1)
+    blocks = []
+    for start in range(0, len(matrix), _BLOCK_ROWS):
+        rows = slice(start, min(start + _BLOCK_ROWS, len(matrix)))
+        used = np.flatnonzero(matrix[rows].any(axis=0))
+        columns = slice(used[0], used[-1] + 1) if used.size else slice(0, 0)
+        blocks.append(_Block(rows, columns, np.ascontiguousarray(matrix[rows, columns])))
+    return blocks
 
 
-def _apply(bands: tuple[np.ndarray, np.ndarray], values: np.ndarray) -> np.ndarray:
-    """matrix @ values along the first axis of values, the matrix given by `_bands`."""
-    first, weights = bands
-    weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 1))
-    result = weights[:, 0] * values[first]
-    for tap in range(1, weights.shape[1]):
-        result += weights[:, tap] * values[first + tap]
+@functools.lru_cache(maxsize=64)
+def _resize_blocks(n_in: int, n_out: int, channels: int) -> list[_Block]:
+    """`resize_weights` for an axis whose every place holds some channels, one after another."""
+    blocks = _blocks(resize_weights(n_in, n_out))
+    if channels == 1:
+        return blocks
+    each = np.eye(channels, dtype=np.float32)
+    return [
+        _Block(
+            *(slice(part.start * channels, part.stop * channels) for part in block[:2]), np.kron(block.weights, each)
+        )
+        for block in blocks
+    ]
+
+
+def _multiplied(left: list[_Block], right: list[_Block], values: np.ndarray) -> np.ndarray:
+    """left @ values @ right.T, for matrices of which `_blocks` are given; values [n_in, m_in]."""
+    between = np.empty((left[-1].rows.stop, values.shape[1]), values.dtype)
+    for block in left:
+        np.matmul(block.weights, values[block.columns], out=between[block.rows])
+    result = np.empty((len(between), right[-1].rows.stop), values.dtype)
+    for block in right:
+        np.matmul(between[:, block.columns], block.weights.T, out=result[:, block.rows])
     return result
 
 
