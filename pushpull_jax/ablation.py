@@ -11,7 +11,6 @@ ablation.csv, report.html        the result
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax import workdir as files
 from pushpull_jax.ablation_report import ablation_csv, write_ablation_report
@@ -49,6 +47,7 @@ from pushpull_jax.mesh import device_mesh, replicate, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
 from pushpull_jax.preemption import Preempted, sigterm_noted
+from pushpull_jax.progress import progress_bar, say
 from pushpull_jax.scored import Scored, with_pixels
 from pushpull_jax.start import Start, check_start, read_start
 from pushpull_jax.steps import State
@@ -112,7 +111,7 @@ def ablate(ablation: Ablation, workdir: str | Path, *, command: Sequence[str] = 
     _write_grid(folder, ablation, members, command, resumed)
     files.write_lines(folder / MEMBERS, files.read_lines(folder / MEMBERS))  # without a line that was torn
     groups = _grouped(runs, COMPILED)
-    _say(f"{len(runs)} runs, in {len(groups)} compiled program{'s' if len(groups) > 1 else ''}")
+    say(f"{len(runs)} runs, in {len(groups)} compiled program{'s' if len(groups) > 1 else ''}")
     for number, group in enumerate(groups):
         done = {row["member"] for row in files.read_lines(folder / MEMBERS)}
         if not done >= set(group):
@@ -213,7 +212,7 @@ def _run_group(
     parameters, standardisations = jax.device_get((states.parameters, settings.standardisation))
     score = _Scoring(traits, mesh, features)
     size = mesh.shape["grid"]
-    bar = tqdm(desc=f"scoring group {number}", total=len(members), unit="run", file=sys.stderr)
+    bar = progress_bar(desc=f"scoring group {number}", total=len(members), unit="run")
     for first in range(0, len(members), size):
         some = members[first : first + size]
         if not done >= {member.number for member in some}:
@@ -302,11 +301,11 @@ def _train(
         try:
             states = _spread(checkpoints.restore(states, step=step), mesh) if step else states
         except InputError as error:
-            _say(f"{error}; {folder.name} is trained anew")
+            say(f"{error}; {folder.name} is trained anew")
             checkpoints.discard_after(step := 0)
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         program = None if step == steps else _compile_training(traits, states, settings, features, mesh, size, config)
-        with tqdm(desc=folder.name, total=steps, initial=step, unit="step", file=sys.stderr) as bar:
+        with progress_bar(desc=folder.name, total=steps, initial=step, unit="step") as bar:
             while step < steps:
                 last = min((step // size + 1) * size, steps)
                 rows = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
@@ -320,14 +319,14 @@ def _train(
                     checkpoints.save(states, step=last)
                 if told_to_stop:
                     raise Preempted(f"{folder}: told to stop; the states of step {last} are saved")
+                bar.set_postfix(loss=f"{np.min(losses):.4f} to {np.max(losses):.4f}", refresh=False)
                 bar.update(last - step)
-                bar.set_postfix(loss=f"{np.min(losses):.4f} to {np.max(losses):.4f}")
                 step = last
     curves = [(row["step"], row["loss"]) for row in files.read_lines(log)]
     if curves:
         for member, value in zip(members, curves[-1][1], strict=True):
             if value is None:
-                _say(f"run {member.number}: its last losses are not finite, and those steps were not applied")
+                say(f"run {member.number}: its last losses are not finite, and those steps were not applied")
     return states, curves
 
 
@@ -338,7 +337,7 @@ def _compile_training(
     indices = _spread(np.zeros(shape, np.int32), mesh)
     function = functools.partial(train_chunk, traits)
     program = compile_in_blocks(function, mesh, (states, settings, indices), features)
-    _say(program.reason)
+    say(program.reason)
     return program
 
 
@@ -405,7 +404,3 @@ def _details(folder: Path) -> dict[str, str]:
         "data fingerprint": ", ".join(grid["fingerprints"]),
         "versions": ", ".join(f"{name} {version}" for name, version in grid["versions"].items()),
     }
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from tqdm import tqdm
 
 from pushpull_jax.errors import InputError
+from pushpull_jax.progress import say
 from pushpull_jax.steps import State
 
 _DIGEST = "digest"
@@ -108,7 +108,7 @@ class Checkpoints:
                 newest = newest or error
             else:
                 if newest:
-                    tqdm.write(f"{newest}; that of step {one} is used instead", file=sys.stderr)
+                    say(f"{newest}; that of step {one} is used instead")
                 return state
         raise newest
 

@@ -9,11 +9,12 @@ import contextlib
 import importlib
 import json
 import os
-import sys
 import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+
+from pushpull_jax.progress import say
 
 _MAX_BYTES = 2**29  # programs of ours take 0.01 to 0.3 MB on a CPU; larger ones a few
 _MIN_SECONDS = (
@@ -46,7 +47,7 @@ def enable() -> Path | None:
     try:
         _prepare(folder)
     except OSError as error:
-        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+        say(f"compiled programs are not kept: {error}")
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     if not chosen:

@@ -1,6 +1,5 @@
 """The demo program: draw parts with defects, train on them, print our figures beside those of a trivial detector."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pushpull_jax.data.demo import mean_difference_maps, write_demo
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.data.pipeline import image_batches
+from pushpull_jax.progress import say
 from pushpull_jax.training import train
 
 
@@ -22,7 +22,7 @@ def run_demo(workdir: Path) -> dict:
     """
     config = load_config("demo")
     root = (workdir.parent / "demo_data").resolve()
-    print(f"drawing parts with defects: {root}", file=sys.stderr)
+    say(f"drawing parts with defects: {root}")
     folder = write_demo(root, seed=config.seed)
     config = replace(config, data=replace(config.data, root=str(root), category=folder.name))
     result = train(config, workdir, command=["pushpull", "demo", "--workdir", str(workdir)])

@@ -7,13 +7,11 @@ grid.
 
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax.batching import BATCH_SIZE, padded
 from pushpull_jax.confetti_noise import confetti
@@ -27,6 +25,7 @@ from pushpull_jax.errors import InputError
 from pushpull_jax.feature_bank import FeatureBank
 from pushpull_jax.features import FeatureSpec, Standardisation, extract, fit_standardisation, raw
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
+from pushpull_jax.progress import progress_bar, say
 from pushpull_jax.steps import Batch, Pool
 
 _KINDS: dict[Label, int] = {"mask": MASK, "image": IMAGE_LABEL, "unlabelled": UNLABELLED}
@@ -87,7 +86,7 @@ def read_run(config: Config) -> RunRecords:
     )
     given = tuple(record for record in records if record.split == "train" and record.label != 0)
     if given and not is_push_pull:
-        _say(f"{len(given)} labelled anomalies of the training split are not used: training.loss is squared")
+        say(f"{len(given)} labelled anomalies of the training split are not used: training.loss is squared")
     irrelevant: tuple[Record, ...] = ()
     if supervision.irrelevant:
         count = supervision.irrelevant_count or len(normal)
@@ -127,7 +126,7 @@ def prepare(
     given = (records.labelled, config.supervision.confetti_copies, records.irrelevant)
     places = _places(config, sum(map(bool, given)))
     _check_counts(config, records.normal)
-    with tqdm(desc="checking test images", total=len(records.test), unit="image", file=sys.stderr) as bar:
+    with progress_bar(desc="checking test images", total=len(records.test), unit="image") as bar:
         test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
     check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
     records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0].key not in dropped))
@@ -147,9 +146,9 @@ def prepare(
         rows = bank.rows(records.irrelevant, what="irrelevant images", dropped=dropped)
         sources.append(_examples(config, rows, mask=None, label=1, kind=IMAGE_LABEL))
     for key, reason in dropped.items():
-        _say(f"left out {key}: {reason}")
+        say(f"left out {key}: {reason}")
     if unlabelled := sum(label == "unlabelled" for _, label in records.labelled):
-        _say(
+        say(
             f"{unlabelled} unlabelled images are trained on as normal ones: what is wrong with them is learned as right"
         )
     return TrainingData(
@@ -185,7 +184,7 @@ def _standardisation(config: Config, bank: FeatureBank, rows: np.ndarray) -> Sta
         return raw(sum(widths))
     fitted, constant = fit_standardisation(bank.features[rows], widths, stage_weights=config.features.stage_weights)
     if constant:
-        _say(f"channels {constant} of the features are constant over the training images; they are only shifted")
+        say(f"channels {constant} of the features are constant over the training images; they are only shifted")
     return fitted
 
 
@@ -231,7 +230,7 @@ def _confetti_examples(config: Config, bank: FeatureBank, records: Sequence[Reco
     copies, grid = config.supervision.confetti_copies, (config.features.grid,) * 2
     total = copies * -(-len(records) // BATCH_SIZE)
     rows, masks = [], []
-    with tqdm(desc="confetti", total=total, unit="batch", file=sys.stderr) as bar:
+    with progress_bar(desc="confetti", total=total, unit="batch") as bar:
         for copy in range(copies):
             key = jax.random.fold_in(jax.random.key(config.seed), copy)
             program = functools.partial(_compiled_confetti(bank.spec), bank.parameters, key)
@@ -300,7 +299,3 @@ def _pools(places: Sequence[int], counts: Sequence[int]) -> tuple[Pool, ...]:
         raise InputError("no image of one of the sources of anomalies could be read")
     edges = np.cumsum((0, *counts))
     return tuple(Pool(np.arange(start, end), n) for start, end, n in zip(edges[:-1], edges[1:], places, strict=True))
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)

@@ -4,11 +4,9 @@ Features are [N,h,w,C] float32, not standardised, on the host. A row is a positi
 for twice has the row it had.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.config import Data
@@ -16,6 +14,7 @@ from pushpull_jax.conversion.tensors import Parameters
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.features import FeatureSpec, extract_all
+from pushpull_jax.progress import progress_bar
 
 
 class FeatureBank:
@@ -63,7 +62,7 @@ class FeatureBank:
         new = [record for record in dict.fromkeys(records) if record not in self._rows]
         if new:
             total = -(-len(new) // BATCH_SIZE)
-            bar = tqdm(self.batches(new, dropped), desc=what, total=total, unit="batch", file=sys.stderr)
+            bar = progress_bar(self.batches(new, dropped), desc=what, total=total, unit="batch")
             rows = self.add(extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE))
             read = (record for record in new if record.key not in dropped)
             self._rows |= dict(zip(read, rows.tolist(), strict=True))
@@ -82,7 +81,7 @@ class FeatureBank:
                 yield batch
 
         batches = watched(self.batches(records, dropped, with_masks=True))
-        bar = tqdm(batches, desc=what, total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
+        bar = progress_bar(batches, desc=what, total=-(-len(records) // BATCH_SIZE), unit="batch")
         rows = self.add(extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE))
         return rows, np.concatenate(masks), np.concatenate(has_mask)
 

@@ -5,7 +5,6 @@ images.
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from pushpull_jax import workdir as files
 from pushpull_jax.batching import BATCH_SIZE, in_batches, padded
@@ -26,6 +24,7 @@ from pushpull_jax.errors import InputError
 from pushpull_jax.mesh import device_mesh, replicate
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.preemption import Preempted, sigterm_noted
+from pushpull_jax.progress import progress_bar
 from pushpull_jax.steps import (
     METRICS,
     Batch,
@@ -101,7 +100,7 @@ def fit(
         state, examples = replicate(state, program.mesh), replicate(examples, program.mesh)
         step, log = int(state.step), folder / files.LOG
         files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
-        with tqdm(desc="training", total=steps, initial=step, unit="step", file=sys.stderr) as bar:
+        with progress_bar(desc="training", total=steps, initial=step, unit="step") as bar:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
@@ -115,8 +114,8 @@ def fit(
                 is_told = notice.came  # asked once, since it may come at any moment
                 if last % config.checkpoint.every == 0 or last == steps or is_told:
                     checkpoints.save(state)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
                 bar.update(last - step)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}")
                 step = last
                 if is_told:
                     break
@@ -147,7 +146,7 @@ def cross_fit(
     count, steps, size = config.scoring.folds, config.training.steps, config.log.every
     order = np.random.default_rng(config.seed).permutation(len(features))
     results = tuple(np.empty(len(features), np.float32) for _ in ("scores", "peaks"))
-    with tqdm(desc="cross-fitting", total=count * steps, unit="step", file=sys.stderr) as bar:
+    with progress_bar(desc="cross-fitting", total=count * steps, unit="step") as bar:
         for fold in range(count):
             held = order[fold::count]
             kept = np.setdiff1d(order, held)
@@ -205,7 +204,7 @@ def score_held_out(
     if not sums:
         return score_features(program, parameters | {"residuals": {}}, held)
     results = []
-    for i, image in enumerate(tqdm(held, desc="threshold", unit="image", file=sys.stderr)):
+    for i, image in enumerate(progress_bar(held, desc="threshold", total=len(held), unit="image")):
         place = i % BATCH_SIZE
         if place == 0:
             own = _image_moments(program, parameters, held[i : i + BATCH_SIZE])

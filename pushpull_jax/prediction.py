@@ -2,19 +2,18 @@
 
 import csv
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax import heatmap
 from pushpull_jax.data.images import decode_image, resize_image
 from pushpull_jax.data.manifest import is_image_name
 from pushpull_jax.detector import BATCH_SIZE, Detector
 from pushpull_jax.errors import InputError
+from pushpull_jax.progress import progress_bar
 
 PREDICTIONS, HEATMAPS = "predictions.csv", "heatmaps"
 
@@ -50,7 +49,7 @@ def predict(
         raise InputError(f"--output {folder}: expected a folder, this is a file")
     (folder / HEATMAPS).mkdir(parents=True, exist_ok=True)
     predictions, unreadable = [], {}
-    bar = tqdm(total=len(images), desc="predicting", unit="image", file=sys.stderr)
+    bar = progress_bar(total=len(images), desc="predicting", unit="image")
     table = folder / f"{PREDICTIONS}.part"
     # A file name may hold bytes that are no UTF-8: they are written as they are.
     with bar, table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:

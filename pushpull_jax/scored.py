@@ -4,14 +4,12 @@ Pixels flow into exact metrics, or above `EXACT_PIXELS` into a histogram of boun
 those images alone that the report will show. S is the image size of the run.
 """
 
-import sys
 from collections.abc import Collection, Mapping
 from functools import reduce
 from operator import add
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.config import Config
@@ -20,6 +18,7 @@ from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import Detector
 from pushpull_jax.errors import InputError
+from pushpull_jax.progress import progress_bar, say
 from pushpull_jax.report import choose_cases
 from pushpull_jax.streaming_metrics import ExactPixels, PixelHistogram
 
@@ -90,7 +89,7 @@ def score(detector: Detector, config: Config, *, without: Collection[str] = ()) 
     )
     is_exact = len(records) * config.data.image_size**2 <= EXACT_PIXELS
     scored = Scored((), np.zeros(0, np.float32), np.zeros(0, bool), {}, {})
-    bar = tqdm(batches, desc="scoring", total=-(-len(records) // BATCH_SIZE), unit="batch", file=sys.stderr)
+    bar = progress_bar(batches, desc="scoring", total=-(-len(records) // BATCH_SIZE), unit="batch")
     for batch in bar:
         scores, maps = detector.detect_resized(batch["image"])
         of_batch = tuple(records[i] for i in batch["index"])
@@ -108,7 +107,7 @@ def score(detector: Detector, config: Config, *, without: Collection[str] = ()) 
             f"{config.data.root}: none of {len(records)} test images of {config.data.category} can be read"
         )
     for key, reason in dropped.items():
-        tqdm.write(f"left out {key}: {reason}", file=sys.stderr)
+        say(f"left out {key}: {reason}")
     return scored, dropped
 
 

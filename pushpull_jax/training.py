@@ -6,7 +6,6 @@ command continues a run that was stopped, to the same numbers.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pushpull_jax import workdir as files
 from pushpull_jax.calibration import conformal_threshold
@@ -31,6 +29,7 @@ from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
 from pushpull_jax.mesh import computed_on
 from pushpull_jax.objectives import configured_loss
+from pushpull_jax.progress import say
 from pushpull_jax.start import check_start, read_start
 from pushpull_jax.steps import LossFunction
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
@@ -75,7 +74,7 @@ def train(
         _check_same(folder, records, given)
         if _is_finished(folder, config, described):
             files.write_config(folder, config, **files.read_config(folder)[1])
-            _say(f"{folder} is finished")
+            say(f"{folder} is finished")
             return _evaluated(folder, records, reconstructor)
     start = read_start(config, reconstructor) if config.training.start else None
     if resumed:
@@ -137,7 +136,7 @@ def _say_if_bits_differ(folder: Path) -> None:
     ]
     if pairs:
         changes = ", ".join(f"{before} there, {now} here" for before, now in pairs)
-        _say(f"{folder} was begun elsewhere, so its bits will differ: {changes}")
+        say(f"{folder} was begun elsewhere, so its bits will differ: {changes}")
 
 
 def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: np.ndarray, peaks: np.ndarray) -> None:
@@ -146,7 +145,7 @@ def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: n
     note = threshold.note
     if config.scoring.folds:
         note += f" (each scored by a detector trained without its fold, {config.scoring.folds} in all)"
-    _say(note)
+    say(note)
     values = {
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
@@ -160,7 +159,7 @@ def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: n
 def _evaluated(folder: Path, records: RunRecords, reconstructor: nn.Module | None) -> dict[str, Any]:
     """The evaluation of a finished run; empty where the data have no test images."""
     if not records.test:
-        _say("there are no test images: the detector is ready, and cannot be evaluated")
+        say("there are no test images: the detector is ready, and cannot be evaluated")
         return {}
     return evaluate(folder, reconstructor=reconstructor)
 
@@ -207,7 +206,3 @@ def _check_same(folder: Path, records: RunRecords, given: dict[str, str]) -> Non
     here = fingerprint([record for record in records.all if record.key not in there["left_out"]])
     if there["fingerprint"] != here:
         raise InputError(f"workdir {folder} holds a run on other data: its files differ from those at data.root now")
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)

@@ -6,7 +6,6 @@ take at the rate of a large float32 matrix product, or its input and output at t
 """
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+
+from pushpull_jax.progress import progress_bar
 
 TOLERANCE = 1e-4  # of the largest value: how far outputs of ours and of a peer may be apart
 WARM_UP = 2  # calls before the first that counts; the first of them compiles
@@ -130,7 +130,7 @@ def measure(contest: Contest, settings: Settings, clock: Callable[[], float] = t
     gc.collect()
     gc.disable()
     try:
-        for _ in tqdm(range(pairs), desc="pairs", unit="pair", leave=False, file=sys.stderr):
+        for _ in progress_bar(range(pairs), desc="pairs", total=pairs, unit="pair"):
             ours.append(timed(contest.ours, contest, clock))
             if name is not None:
                 peer.append(timed(contest.peers[name], contest, clock))

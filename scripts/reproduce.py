@@ -22,13 +22,13 @@ from typing import Any
 import jax
 import tyro
 from reproduce_table import METRICS, PARTS, ROWS, Row, markdown, row_figures
-from tqdm import tqdm
 
 from pushpull_jax import workdir as files
 from pushpull_jax.config import Config, Source, check, load_config
 from pushpull_jax.data.manifest import Record, hold_out
 from pushpull_jax.data.sources import category_names, read_records
 from pushpull_jax.errors import InputError
+from pushpull_jax.progress import say
 from pushpull_jax.training import train
 from pushpull_jax.weights import load_backbone
 
@@ -252,10 +252,6 @@ def steps_of(row: Row, config: Config, category: str, seed: int) -> int:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
