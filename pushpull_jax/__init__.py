@@ -36,6 +36,7 @@ _HOME = {
     "make_chunk": "steps",
     "evaluate": "evaluation",
     "predict": "prediction",
+    "calibrate": "recalibration",
     "Detector": "detector",
     "load": "detector",
     "InputError": "errors",

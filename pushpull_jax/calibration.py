@@ -18,12 +18,26 @@ class Threshold(NamedTuple):
         false_positive_rate: the share of normal images that was asked for.
         reachable: the lowest rate that n images can promise, 1 / (n + 1).
         n: number of held-out normal images.
+        rank: of their scores, from 1 on, the one that is the threshold.
     """
 
     value: float
     false_positive_rate: float
     reachable: float
     n: int
+    rank: int
+
+    def interval(self, *, confidence: float = 0.95) -> tuple[float, float]:
+        """Between which shares of all normal images lie above the threshold, with equal tails.
+
+        Were the n images drawn anew, the share would be distributed as Beta(n + 1 - rank, rank) (Vovk, Conditional
+        validity of inductive conformal predictors, 2012).
+        """
+        from scipy.stats import beta  # half a second to import
+
+        tail = (1 - confidence) / 2
+        low, high = beta.ppf((tail, 1 - tail), self.n + 1 - self.rank, self.rank).tolist()
+        return low, high
 
     @property
     def note(self) -> str:
@@ -54,5 +68,5 @@ def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Th
         raise ValueError(f"expected a false-positive rate between 0 and 1, got {false_positive_rate}")
     n = scores.size
     # The tolerance keeps 10 (1 - 0.7), which floats make 3.0000000000000004, at rank 3.
-    rank = math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9)
-    return Threshold(float(scores[min(rank, n) - 1]), false_positive_rate, 1 / (n + 1), n)
+    rank = min(math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9), n)
+    return Threshold(float(scores[rank - 1]), false_positive_rate, 1 / (n + 1), n, rank)

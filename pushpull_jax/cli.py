@@ -4,7 +4,9 @@ jax and tensorflow are imported by the command that needs them, after its argume
 mend is one message and exit code 1; a usage error is exit code 2, as argparse and tyro have it.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -37,6 +39,7 @@ commands:
   train CONFIG --workdir DIR [--any.field VALUE]   train a detector and evaluate it
   evaluate DIR                                     evaluate a run again: metrics, predictions, report
   predict DIR IMAGES... --output OUT               score images: a table and heat maps
+  calibrate DIR --normals IMAGES... --fpr F        fit the thresholds of a run anew, without training
   ablate CONFIG --workdir DIR [--vary FIELD=A,B]   a grid of runs, trained together, in one table
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
@@ -65,14 +68,46 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Score images with a finished run: OUT/predictions.csv, and a heat map an image at its native size."""
+    """Score images with a finished run: OUT/predictions.csv and .jsonl, and a heat map an image at its native size.
+
+    The same command goes on where it was stopped."""
 
     workdir: tyro.conf.Positional[Path]
     """Folder of the run."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders that are searched for images at any depth."""
     output: Path
-    """Folder that is written to."""
+    """Folder that is written to; it belongs to the run, its thresholds and the options below."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Image files, and folders that are searched for images at any depth."""
+    threshold: float | None = None
+    """Scores above it are anomalous; by default that of the run."""
+    pixel_threshold: float | None = None
+    """Pixels of the map above it are defective; by default that of the run."""
+    fpr: float | None = None
+    """Instead: both thresholds for this false-positive rate, by the held-out normal images of the run."""
+    heatmaps: bool = True
+    """Write OUT/heatmaps: each image under the colours of its map."""
+    masks: bool = False
+    """Write OUT/masks: white where the map is above the pixel threshold."""
+    maps: bool = False
+    """Write OUT/maps: the maps in 16 bits, 10000 at the pixel threshold."""
+    tile: int | None = None
+    """Cut images into overlapping tiles of this side in pixels, each scored like an image; calibrate with the same."""
+    watch: Path | None = None
+    """Instead of IMAGES: predict the images in this folder and those that come, until Ctrl-C or SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Fit the thresholds of a finished run to other normal images, without training."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    normals: tuple[Path, ...]
+    """Image files, and folders that are searched for images at any depth: all normal, none trained on."""
+    fpr: float = 0.05
+    """False-positive rate: share of normal images that may be called anomalous."""
+    tile: int | None = None
+    """Cut images into tiles of this side in pixels, as `predict` will."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,16 +214,88 @@ def evaluate(arguments: list[str]) -> None:
 def predict(arguments: list[str]) -> None:
     chosen = _parse(Predict, arguments)
 
+    if chosen.fpr is not None and (chosen.threshold is not None or chosen.pixel_threshold is not None):
+        raise _UsageError("pushpull predict: --fpr gives both thresholds; leave out --threshold and --pixel_threshold")
+    if chosen.watch and chosen.images:
+        raise _UsageError("pushpull predict: give IMAGES or --watch FOLDER, not both")
+    if chosen.pixel_threshold is not None and not 0 < chosen.pixel_threshold < math.inf:
+        raise _UsageError(f"pushpull predict: --pixel_threshold {chosen.pixel_threshold}: expected one above 0")
+    _check_tile(chosen.tile, "predict")
+
     _enable_compilation_cache()
-    from pushpull_jax.detector import load
     from pushpull_jax.prediction import find_images, predict
 
+    if chosen.watch:
+        return _watch(chosen)
     find_images(chosen.images, apart_from=chosen.output)  # a wrong path is said before the run is loaded
-    predictions, unreadable = predict(load(chosen.workdir), chosen.images, chosen.output)
+    options = {"pictures": _pictures(chosen), "tile": chosen.tile}
+    predictions, unreadable = predict(_detector(chosen), chosen.images, chosen.output, **options)
     anomalous = sum(prediction.verdict == "anomalous" for prediction in predictions)
     print(f"{len(predictions)} images, {anomalous} anomalous: {chosen.output / 'predictions.csv'}")
+    _raise_unreadable(unreadable)
+
+
+def _check_tile(tile: int | None, command: str) -> None:
+    if tile is not None and tile < 1:
+        raise _UsageError(f"pushpull {command}: --tile {tile}: expected a side in pixels, 1 or more")
+
+
+def _detector(chosen: Predict):
+    """The run's detector with the thresholds that were asked for, which are said."""
+    from pushpull_jax.detector import load
+    from pushpull_jax.recalibration import at_false_positive_rate
+
+    detector = load(chosen.workdir)
+    if chosen.fpr is not None:
+        detector = at_false_positive_rate(chosen.workdir, detector, rate=chosen.fpr)
+    given = (chosen.threshold, chosen.pixel_threshold)
+    own = (detector.threshold, detector.map_threshold)
+    detector = detector.with_thresholds(*(b if a is None else a for a, b in zip(given, own, strict=True)))
+    print(f"threshold {detector.threshold:.4g} for images, {detector.map_threshold:.4g} for pixels")
+    return detector
+
+
+def _pictures(chosen: Predict):
+    from pushpull_jax.prediction_output import Pictures
+
+    return Pictures(chosen.heatmaps, chosen.masks, chosen.maps)
+
+
+def _watch(chosen: Predict) -> None:
+    """Predict what comes into a folder until a signal ends it, which is how it is meant to end."""
+    from pushpull_jax.prediction import watch
+    from pushpull_jax.preemption import sigterm_noted
+
+    def report(row) -> None:
+        told = f"cannot be read: {row}" if isinstance(row, str) else f"{row.path}: {row.verdict}, score {row.score:.4g}"
+        print(told, flush=True)
+
+    detector = _detector(chosen)
+    print(f"watching {chosen.watch}; Ctrl-C ends it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), sigterm_noted() as notice:
+        options = {"pictures": _pictures(chosen), "tile": chosen.tile}
+        watch(detector, chosen.watch, chosen.output, **options, report=report, is_over=lambda: notice.came)
+
+
+def _raise_unreadable(unreadable: dict[str, str]) -> None:
     if unreadable:
         raise InputError(f"{len(unreadable)} files could not be read:\n  " + "\n  ".join(unreadable.values()))
+
+
+def calibrate(arguments: list[str]) -> None:
+    chosen = _parse(Calibrate, arguments)
+    _check_tile(chosen.tile, "calibrate")
+
+    _enable_compilation_cache()
+    from pushpull_jax.recalibration import calibrate
+
+    result = calibrate(chosen.workdir, chosen.normals, false_positive_rate=chosen.fpr, tile=chosen.tile)
+    fitted = result.threshold
+    low, high = fitted.interval()
+    print(f"threshold {fitted.value:.4g} for images, {result.map_threshold:.4g} for pixels, by n = {fitted.n}")
+    print(f"{fitted.note}; between {low:.1%} and {high:.1%} of all normal images do, with a confidence of 95 %")
+    print(f"`pushpull evaluate {chosen.workdir}` counts its verdicts anew")
+    _raise_unreadable(result.unreadable)
 
 
 def demo(arguments: list[str]) -> None:
@@ -204,6 +311,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "calibrate": calibrate,
     "ablate": ablate,
     "demo": demo,
 }

@@ -6,8 +6,9 @@ threshold each, fitted on the same images.
 """
 
 import functools
+import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,23 @@ class Detector:
         """A window of the map whose mean is above it is anomalous; heat maps are coloured by it."""
         return float(self.parameters["map_threshold"])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the scores depend on, so without the thresholds, as 64 hexadecimal digits."""
+        network, features = self.network, self.network.features
+        rules = (features.backbone.name, *features[1:], network.image_size, network.resize, network.map_weights)
+        rules += (network.blocks, network.smoothing, network.window)
+        digest = hashlib.sha256(repr(rules).encode())
+        weights = {name: tree for name, tree in self.parameters.items() if not name.endswith("threshold")}
+        for path, leaf in jax.tree.leaves_with_path(weights):
+            digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).data)
+        return digest.hexdigest()
+
+    def with_thresholds(self, threshold: float, map_threshold: float) -> "Detector":
+        """The same detector with other thresholds."""
+        given = {"threshold": np.float32(threshold), "map_threshold": np.float32(map_threshold)}
+        return replace(self, parameters=self.parameters | given)
+
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and maps of images of one size.
 
@@ -159,12 +177,19 @@ class Detector:
         native = [self.to_native(score_map, images.shape[1:3]) for score_map in maps]
         return scores, np.stack(native) if native else np.zeros(images.shape[:3], np.float32)
 
-    def detect_resized(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [B] and maps [B,S,S] of images [B,S,S,3] in 0..255 that already have the run's size."""
+    def detect_resized(self, images: np.ndarray, *, size: int = BATCH_SIZE) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [B] and maps [B,S,S] of images [B,S,S,3] in 0..255 that already have the run's size.
+
+        They are computed `size` at a time; a program is compiled for each `size`.
+        """
         if not len(images):
             return np.zeros(0, np.float32), np.zeros(images.shape[:3], np.float32)
         program = functools.partial(_compiled(self.network), self.parameters)
-        return in_batches(program, images, size=BATCH_SIZE)
+        return in_batches(program, images, size=size)
+
+    def peak(self, score_map: np.ndarray) -> float:
+        """The largest mean of a window over a map [S,S], which the map's threshold is fitted to."""
+        return float(peaks(self.network, score_map[None])[0])
 
     def to_native(self, score_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """A map [S,S] at the native size (H, W) of its image, as `scoring.upsample` does, the letterbox undone.

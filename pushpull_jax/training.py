@@ -152,6 +152,7 @@ def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: n
         "note": note,
         "map_threshold": conformal_threshold(peaks, false_positive_rate=rate).value,
         "held_out_scores": dict(zip(data.threshold_keys, scores.tolist(), strict=True)),
+        "held_out_peaks": dict(zip(data.threshold_keys, peaks.tolist(), strict=True)),
     }
     files.write_json(folder / files.THRESHOLD, values)
 

@@ -283,7 +283,7 @@ def test_predict_writes_a_row_and_a_heat_map_at_native_size(run, root, tmp_path,
     assert code == 1 and "broken.png" in error and "Traceback" not in error
     rows = table(out / "predictions.csv")
     assert [Path(row["path"]).name for row in rows] == ["dent.png", "wide.jpg"]
-    assert list(rows[0]) == ["path", "score", "threshold", "verdict"]
+    assert list(rows[0]) == ["path", "score", "threshold", "verdict", "pixel_threshold", "defect_area"]
     assert all(
         row["verdict"] == ("anomalous" if float(row["score"]) > float(row["threshold"]) else "normal") for row in rows
     )
@@ -314,7 +314,8 @@ def test_predict_does_not_take_its_own_heat_maps_for_images(run, root, tmp_path,
     for _ in range(2):
         predictions, _ = predict(pushpull_jax.load(run), ["."], "out")
         assert [prediction.path for prediction in predictions] == ["000.png"]
-    assert sorted(path.name for path in Path("out").rglob("*.*")) == ["000.png.png", "predictions.csv"]
+    written = sorted(path.name for path in Path("out").rglob("*.*"))
+    assert written == ["000.png.png", "predict.json", "predictions.csv", "predictions.jsonl"]
     assert Path("out/heatmaps/in/000.png.png").is_file()  # the name of "."
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The architecture, from the command line down: a module imports only from those after it.
 LAYERS = (
-    "cli", "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored", "prediction", "report",
+    "cli", "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored", "recalibration",
+    "prediction", "prediction_output", "tiling", "report",
     "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "preemption", "steps",
     "features",
     "data.supervision", "data.sources", "data.prepared", "data.tfds_builders", "data.pipeline", "data.images",
