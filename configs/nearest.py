@@ -3,7 +3,7 @@
     pushpull train nearest --data.root ROOT --data.category CATEGORY --workdir runs/CATEGORY_nearest
 
 Data: any. Its score map is the distance to the nearest cell, smoothed as in quick.
-Verified here: a few steps in the test suite; the README's nearest neighbours are of other stages, measured before.
+Verified here: bottle, toothbrush and juice_bottle, seeds 0 to 2; the figures are in the README.
 """
 
 from dataclasses import replace
