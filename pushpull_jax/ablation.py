@@ -23,7 +23,7 @@ from pushpull_jax import workdir as files
 from pushpull_jax.ablation_report import ablation_csv, write_ablation_report
 from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.checkpoint import Checkpoints
-from pushpull_jax.config import Ablation, Config, flatten, runs_of, to_dict
+from pushpull_jax.config import Ablation, Config, flatten, from_dict, runs_of, to_dict
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.detector import build_network, build_optimizer
 from pushpull_jax.errors import InputError
@@ -61,10 +61,10 @@ GRID, MEMBERS, TABLE, REPORT = "ablation.json", "members.jsonl", "ablation.csv",
 COMPILED = (
     "features.", "reconstructor.", "data.source", "data.root", "data.image_size", "data.resize", "data.on_unreadable",
     "training.steps", "training.batch_size", "supervision.by_stage", "scoring.map", "scoring.blocks",
-    "scoring.smoothing", "scoring.window", "log.", "checkpoint.", "mesh.",
+    "scoring.smoothing", "scoring.window", "compute.", "log.", "checkpoint.", "mesh.",
 )  # fmt: skip
 # Fields that runs which read the same images agree in.
-READ = ("features.", "data.source", "data.root", "data.image_size", "data.resize", "data.on_unreadable")
+READ = ("features.", "compute.", "data.source", "data.root", "data.image_size", "data.resize", "data.on_unreadable")
 
 
 class Test(NamedTuple):
@@ -131,6 +131,9 @@ def _check_startable(folder: Path, ablation: Ablation) -> bool:
             raise InputError(f"workdir {folder} exists and is not an ablation: choose an empty or a new folder")
         return False
     there, here = files.read_json(folder / GRID), _plain(ablation)
+    # Fields that are newer than the grid have their defaults.
+    config = from_dict(there.get("config"), source=str(folder / GRID))
+    there |= files.as_json({"config": to_dict(config)})
     for name in ("config", "vary"):
         if there.get(name) != here[name]:
             raise InputError(f"workdir {folder} holds an ablation with another {name}; choose a new folder")

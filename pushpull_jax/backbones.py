@@ -5,6 +5,7 @@ where the weights come from, their licence, and the namings that they can be con
 0..255; stage ends are NHWC, numbered from 1. docs/backbones.md tells how each conversion is proved.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,9 +21,11 @@ from pushpull_jax.conversion.tensors import Naming, Parameters, State, convert
 from pushpull_jax.conversion.vit import DINOV2
 from pushpull_jax.errors import InputError
 from pushpull_jax.models.efficientnet import EfficientNet
+from pushpull_jax.models.layers import Lowering
 from pushpull_jax.models.pixels import Pixels
 from pushpull_jax.models.resnet import ResNet
 from pushpull_jax.models.vit import VisionTransformer
+from pushpull_jax.precision import DTYPES, MatmulPrecision, matmul_precision
 
 
 class PackageFile(NamedTuple):
@@ -57,6 +60,7 @@ class Backbone:
         namings: that tensors of other libraries may be in.
         image_size: the side in pixels that the network is built for, where it is built for one.
         sha256: of the file that the parameters were read from; empty while none were.
+        matmul_precision: of the network's products; None: that of the caller.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Backbone:
     namings: tuple[Naming, ...] = ()
     image_size: int | None = None
     sha256: str = ""
+    matmul_precision: MatmulPrecision | None = None
 
     def stage_ends(self, parameters: Parameters, images: jax.Array, stages: tuple[int, ...]) -> tuple[jax.Array, ...]:
         """Stage ends of images [B,H,W,3] in 0..255, floating; frozen parameters are an argument, as everywhere.
@@ -84,7 +89,21 @@ class Backbone:
         self.check_stages(stages)
         self.check_image_size(*images.shape[1:3])
         mean, deviation = (jnp.asarray(of, images.dtype).reshape(1, 1, 1, 3) for of in (self.mean, self.deviation))
-        return self.network.apply({"params": parameters}, (images - mean) / deviation, stages)
+        with matmul_precision(self.matmul_precision):
+            return self.network.apply({"params": parameters}, (images - mean) / deviation, stages)
+
+    def computing_in(self, dtype: str, *, matmul_precision: MatmulPrecision | None, depthwise: Lowering) -> "Backbone":
+        """The backbone with a dtype, a precision and a lowering, as far as its network has a use for them.
+
+        Args:
+            dtype: one of `DTYPES`, that of the stage ends too; what has no layers stays as the images are.
+            matmul_precision: of float32 products.
+            depthwise: of depthwise convolutions.
+        """
+        has = {item.name for item in dataclasses.fields(self.network)}
+        changes = {"dtype": DTYPES[dtype], "depthwise": depthwise}
+        network = self.network.clone(**{name: value for name, value in changes.items() if name in has})
+        return dataclasses.replace(self, network=network, matmul_precision=matmul_precision)
 
     def check_stages(self, stages: tuple[int, ...]) -> None:
         """Raises InputError unless all of at least one stage are stages of the network."""

@@ -182,6 +182,20 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Compute:
+    """What the networks compute in; losses, statistics, scores and metrics are float32 always."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Inside backbone and reconstructor; parameters and their optimiser stay float32. bfloat16 is for GPU and TPU."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    """Of float32 products in the networks, as jax.default_matmul_precision has it: a GPU's default is TF32, a TPU's
+    bfloat16; on CPU all are the same."""
+    depthwise: Literal["auto", "conv", "shift"] = "auto"
+    """Depthwise convolutions of EfficientNets: XLA's own, sums of shifts (fast on CPU), or by the platform. They agree
+    to rounding, so that a resumed run may change it."""
+
+
+@dataclass(frozen=True)
 class Log:
     """What is written while it trains."""
 
@@ -219,6 +233,7 @@ class Config:
     training: Training = field(default_factory=Training)
     supervision: Supervision = field(default_factory=Supervision)
     scoring: Scoring = field(default_factory=Scoring)
+    compute: Compute = field(default_factory=Compute)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     mesh: Mesh = field(default_factory=Mesh)
@@ -237,8 +252,8 @@ class Ablation:
     """Values of fields, by their dotted names ("supervision.alpha")."""
 
 
-# Fields that do not change the numbers: a resumed run may change them.
-HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "data.root")
+# Fields that do not change the numbers but for rounding: a resumed run may change them.
+HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "data.root", "compute.depthwise")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pushpull_jax.features import FeatureSpec, Standardisation, extract
 from pushpull_jax.models.convolutional import ConvolutionalReconstructor
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.models.reconstructor import Reconstructor
+from pushpull_jax.precision import DTYPES, MatmulPrecision, matmul_precision
 from pushpull_jax.shapes import split_channels
 from pushpull_jax.steps import State, init_state, make_optimizer
 from pushpull_jax.weights import described, load_parameters
@@ -51,6 +52,7 @@ class Network:
         blocks: parts of the image a side, for each factor of its score besides the peak of the map.
         smoothing: deviation of the Gaussian over the map, in pixels of an image of 256.
         window: side of the window of the image score, in pixels of an image of 256.
+        matmul_precision: of products in the reconstructor; None: that of the caller.
     """
 
     features: FeatureSpec
@@ -61,6 +63,7 @@ class Network:
     blocks: tuple[int, ...]
     smoothing: float
     window: int
+    matmul_precision: MatmulPrecision | None = None
 
     @property
     def scale(self) -> float:
@@ -75,6 +78,11 @@ class Network:
     def block_names(self) -> tuple[str, ...]:
         """What the image score's blocks are called there."""
         return tuple(f"blocks_{blocks}" for blocks in self.blocks)
+
+    def reconstruct(self, parameters: Any, features: jax.Array) -> jax.Array:
+        """The reconstruction of features [B,h,w,C] by parameters of the reconstructor, of the same shape, float32."""
+        with matmul_precision(self.matmul_precision):
+            return self.reconstructor.apply({"params": parameters}, features)
 
     def measured(self, residuals: jax.Array) -> dict[str, jax.Array]:
         """What of residuals [B,h,w,C] the score is in units of, by name: [B,i,j,c], of channels or of blocks."""
@@ -92,7 +100,7 @@ def detect(network: Network, parameters: dict[str, Any], images: jax.Array) -> t
 
 def detect_features(network: Network, parameters: dict[str, Any], features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The second half of `detect`, from standardised features [B,h,w,C]."""
-    reconstruction = network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+    reconstruction = network.reconstruct(parameters["reconstructor"], features)
     usual = parameters["residuals"]
     if network.map_weights:
         stages = tuple(Whitening(**usual[name]) for name in network.map_names)
@@ -215,13 +223,13 @@ def build_network(
     Args:
         config: the run.
         backbone: the one that was loaded, whose preprocessing may depend on the weights; by default that of the name.
-        reconstructor: replaces the config's by any linen module.
+        reconstructor: replaces the config's by any linen module, which computes in the dtype that it has.
 
     Raises:
         InputError: there is no such backbone, or it has no such stages or another image size.
     """
     features, scores, size = config.features, config.scoring, config.data.image_size
-    backbone = backbone or find_backbone(features.backbone)
+    backbone = (backbone or find_backbone(features.backbone)).computing_in(**asdict(config.compute))
     backbone.check_stages(features.stages)
     backbone.check_image_size(size, size)
     spec = FeatureSpec(backbone, features.stages, features.grid, features.resample)
@@ -234,6 +242,7 @@ def build_network(
         blocks=scores.blocks,
         smoothing=scores.smoothing,
         window=scores.window,
+        matmul_precision=config.compute.matmul_precision,
     )
 
 
@@ -246,12 +255,12 @@ def _map_weights(config: Config) -> tuple[float, ...]:
 def build_reconstructor(config: Config) -> nn.Module:
     """The reconstructor that a config describes."""
     settings = asdict(config.reconstructor)
-    kind, cells = settings.pop("kind"), settings.pop("cells")
+    kind, cells, dtype = settings.pop("kind"), settings.pop("cells"), DTYPES[config.compute.dtype]
     if kind == "nearest":
         return NearestNeighbour(size=cells)
     if kind == "convolutional":
-        return ConvolutionalReconstructor(width=settings["width"])
-    return Reconstructor(**settings)
+        return ConvolutionalReconstructor(width=settings["width"], dtype=dtype)
+    return Reconstructor(**settings, dtype=dtype)
 
 
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -53,13 +53,13 @@ class Program(NamedTuple):
 def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Program:
     """The compiled parts of a training run."""
     optimizer, rate = build_optimizer(config)
-    apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter)
+    apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter, precision=network.matmul_precision)
     mesh = device_mesh(data=config.mesh.data)
     chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer), mesh=mesh)
 
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):
-        rest = features - network.reconstructor.apply({"params": parameters["reconstructor"]}, features)
+        rest = features - network.reconstruct(parameters["reconstructor"], features)
         return {name: moments(part) for name, part in network.measured(rest).items()}
 
     @jax.jit

@@ -94,7 +94,7 @@ def train_chunk(
     """Some steps of one member: (state, settings, indices [n,B] among its examples) -> state, and metrics [n]."""
     state, settings, indices = member
     jitter = settings.jitter if traits.is_jittered else 0.0
-    apply = training_apply(traits.network.reconstructor, jitter=jitter)
+    apply = training_apply(traits.network.reconstructor, jitter=jitter, precision=traits.network.matmul_precision)
     step = make_step(_loss(traits, settings), apply, _optimizer(settings))
 
     def choose(chosen: jax.Array) -> Batch:
@@ -110,7 +110,7 @@ def sum_moments(
     """Moments of one member's residuals over some rows [B], -1 for none, of whatever its score is in units of."""
     parameters, standardisation, rows = member
     chosen = standardisation(features[rows])
-    rest = chosen - traits.network.reconstructor.apply({"params": parameters}, chosen)
+    rest = chosen - traits.network.reconstruct(parameters, chosen)
     counts = (rows >= 0).astype(jnp.float32)
     return {
         name: Moments(*(jnp.tensordot(counts, leaf, axes=1) for leaf in moments(part)))

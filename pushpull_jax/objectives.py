@@ -74,7 +74,7 @@ def _compiled_levels(network: Network):
 
     @jax.jit
     def levels(parameters: Any, batch: jax.Array) -> jax.Array:
-        residuals = jnp.abs(batch - network.reconstructor.apply({"params": parameters}, batch))
+        residuals = jnp.abs(batch - network.reconstruct(parameters, batch))
         parts = split_channels(residuals, network.features.widths)
         return jnp.stack([part.mean((1, 2, 3)) for part in parts], axis=-1)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pushpull_jax import workdir as files
 from pushpull_jax.backbones import Backbone
-from pushpull_jax.config import Config, flatten
+from pushpull_jax.config import HOW_IT_RUNS, Config, flatten
 from pushpull_jax.detector import load_frozen, read_network, restore_parameters
 from pushpull_jax.errors import InputError
 from pushpull_jax.examples import TrainingData
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 
 # Fields in which a run may differ from the one it starts from: what it learns from, and how.
-_MAY_DIFFER_FROM_START = ("training.", "supervision.", "scoring.", "log.", "checkpoint.", "data.root", "seed")
+_MAY_DIFFER_FROM_START = (*HOW_IT_RUNS, "training.", "supervision.", "scoring.", "seed")
 
 
 def read_start(config: Config, reconstructor: nn.Module | None) -> Start:

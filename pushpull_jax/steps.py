@@ -17,6 +17,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pushpull_jax.precision import MatmulPrecision, matmul_precision
+
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Batch, jax.Array], jax.Array]
 ApplyFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -80,11 +82,13 @@ def init_state(
     return jax.jit(init)(key)
 
 
-def training_apply(reconstructor: nn.Module, *, jitter: jax.Array | float = 0.0) -> ApplyFunction:
+def training_apply(
+    reconstructor: nn.Module, *, jitter: jax.Array | float = 0.0, precision: MatmulPrecision | None = None
+) -> ApplyFunction:
     """How training applies a reconstructor: dropout on, Gaussian noise on the input features.
 
     The noise has a norm of `jitter` times the norm of the features of that cell, so that it fits any scale (UniAD). A
-    jitter that is traced may be 0 too; one that is just 0.0 draws nothing.
+    jitter that is traced may be 0 too; one that is just 0.0 draws nothing. Products have a precision, or the caller's.
     """
     is_jittered = isinstance(jitter, jax.Array) or jitter > 0
 
@@ -93,7 +97,8 @@ def training_apply(reconstructor: nn.Module, *, jitter: jax.Array | float = 0.0)
         if is_jittered:
             size = jnp.sqrt(jnp.mean(features**2, axis=-1, keepdims=True))
             features = features + jitter * size * jax.random.normal(noise_key, features.shape)
-        return reconstructor.apply({"params": parameters}, features, train=True, rngs={"dropout": dropout_key})
+        with matmul_precision(precision):
+            return reconstructor.apply({"params": parameters}, features, train=True, rngs={"dropout": dropout_key})
 
     return apply
 

@@ -7,7 +7,7 @@ command continues a run that was stopped, to the same numbers.
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def train(
                 f"workdir {folder} holds a run on other data: other files can be read now, or it started from "
                 "another run"
             )
-        _say_if_bits_differ(folder)
+        _say_if_bits_differ(folder, config)
         # The intervals, the place of the data and, with a constant schedule, the steps may be new.
         files.write_config(folder, config, **files.read_config(folder)[1])
         for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
@@ -108,7 +108,7 @@ def train(
         told = backbone_metadata(network.features.backbone)
         save_parameters(folder / files.BACKBONE, frozen, metadata=told)
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
-        files.write_config(folder, config, **rest, **given, computed_on=computed_on())
+        files.write_config(folder, config, **rest, **given, computed_on=_computed_on(config))
     first = start.parameters if start else None
     examples, normal, held = data.batch(bank), data.features(bank, data.normal), data.features(bank, data.held)
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, normal))
@@ -125,12 +125,17 @@ def train(
     return _evaluated(folder, records, reconstructor)
 
 
-def _say_if_bits_differ(folder: Path) -> None:
+def _computed_on(config: Config) -> dict[str, Any]:
+    """Where and in what a run is computed."""
+    return computed_on() | asdict(config.compute)
+
+
+def _say_if_bits_differ(folder: Path, config: Config) -> None:
     """A run that goes on elsewhere comes to the same numbers up to rounding, not to the last bit."""
     there = files.read_config(folder)[1]
     pairs = [
         (f"{name} {before}", f"{here[name]}")
-        for part, here in (("computed_on", computed_on()), ("versions", files.versions()))
+        for part, here in (("computed_on", _computed_on(config)), ("versions", files.versions()))
         for name, before in there.get(part, {}).items()
         if here.get(name) != before
     ]

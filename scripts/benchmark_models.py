@@ -229,6 +229,9 @@ def paper_network(settings: Settings, name: str) -> tuple[Network, dict[str, Any
         scoring=Scoring(map="norm", smoothing=3.0),
     )
     network = build_network(config, backbone=backbone)
+    # The precision of products is `float32_products`'s.
+    features = network.features._replace(backbone=backbone)
+    network = dataclasses.replace(network, features=features, matmul_precision=None)
     channels = sum(network.features.widths)
     shape = (config.features.grid, config.features.grid, channels)
     state = init_state(jax.random.key(0), network.reconstructor, optimiser_of(), shape)

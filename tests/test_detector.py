@@ -13,7 +13,7 @@ from pushpull_jax import backbones
 from pushpull_jax import workdir as files
 from pushpull_jax.backbones import Backbone
 from pushpull_jax.checkpoint import Checkpoints
-from pushpull_jax.config import Config, Data, Features, Reconstructor, Scoring, Training
+from pushpull_jax.config import Compute, Config, Data, Features, Reconstructor, Scoring, Training
 from pushpull_jax.data.images import resize_image
 from pushpull_jax.detector import (
     Detector,
@@ -44,6 +44,7 @@ CONFIG = Config(
     reconstructor=Reconstructor(width=8, encoder_layers=0, decoder_layers=1, heads=2, hidden=8, fold=2),
     training=Training(steps=4),
     scoring=Scoring(smoothing=4.0, window=16),
+    compute=Compute(depthwise="conv"),
 )
 SIZE = CONFIG.data.image_size
 
@@ -93,7 +94,8 @@ def resized(images, mode="stretch"):
 
 def test_network(detector):
     network = detector.network
-    assert network.features.backbone is TINY and network.features.stages == (2, 3) and network.features.grid == 8
+    assert network.features.backbone.network == TINY.network
+    assert network.features.stages == (2, 3) and network.features.grid == 8
     assert network.reconstructor.width == 8 and network.reconstructor.fold == 2
     assert (network.image_size, network.scale, network.smoothing, network.window) == (64, 0.25, 4.0, 16)
     assert hash(network) == hash(build_network(CONFIG)) and network == build_network(CONFIG)

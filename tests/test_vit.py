@@ -158,10 +158,11 @@ def test_final_norm_may_be_absent_and_the_token_of_masked_patches_present():
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_computation_in_bfloat16_keeps_its_dtype():
+def test_the_trunk_computes_in_bfloat16_on_request():
     like = abstract_parameters(TINY, (28, 42))
-    images = jax.ShapeDtypeStruct((1, 28, 42, 3), jnp.bfloat16)
-    assert {end.dtype for end in jax.eval_shape(TINY.apply, {"params": like}, images)} == {jnp.dtype("bfloat16")}
+    images = jax.ShapeDtypeStruct((1, 28, 42, 3), jnp.float32)
+    ends = jax.eval_shape(TINY.clone(dtype=jnp.bfloat16).apply, {"params": like}, images)
+    assert {end.dtype for end in ends} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from pushpull_jax.models.layers import Conv, Depthwise, Lowering, Padding, Pointwise, in_parts, lowered
 
@@ -85,7 +86,7 @@ class EfficientNet(nn.Module):
         padding: that of the weight family.
         depthwise: lowering of depthwise convolutions and stem. "shift" is for CPU and takes images a few at a time,
             "conv" is XLA's own, and "auto" chooses when XLA compiles.
-        dtype: what is computed in, and that of the stage ends; None: that of the images.
+        dtype: what is computed in, and that of the stage ends.
     """
 
     width: float
@@ -93,7 +94,7 @@ class EfficientNet(nn.Module):
     lite: bool
     padding: Padding
     depthwise: Lowering = "auto"
-    dtype: jax.typing.DTypeLike | None = None
+    dtype: Any = jnp.float32
 
     @property
     def rows(self) -> tuple[Stage, ...]:
@@ -120,7 +121,7 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, stages: tuple[int, ...] = (1, 2, 3, 4, 5)) -> tuple[jax.Array, ...]:
         """The stage ends named in `stages` (1..5), in that order; blocks behind the deepest of them are not run."""
-        x = x if self.dtype is None else x.astype(self.dtype)
+        x = x.astype(self.dtype)
         parameters = None if self.is_initializing() else self.variables["params"]
         if self.depthwise == "auto" and parameters is not None:
             return lowered("auto", parameters, x, shift=self._as("shift", stages), conv=self._as("conv", stages))

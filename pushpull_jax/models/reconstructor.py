@@ -10,6 +10,7 @@ a query near zero, and in every attention a key projection that equals the query
 own place from the first step, instead of learning first where they are.
 """
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -195,8 +196,12 @@ class Reconstructor(nn.Module):
         for i in range(self.decoder_layers):
             x = Layer(*settings, name=f"decoder_{i}")(x, positions, memory, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
-        x = nn.Dense(tokens.shape[-1], kernel_init=_xavier, dtype=self.dtype, name="project_out")(x)
-        return unfold_cells(x, self.fold, tuple(grid)).astype(jnp.float32)
+        # Rounded to bfloat16, a reconstruction of 3.004 would be that of a feature of 3.000, and perfect.
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        project_out = nn.Dense(
+            tokens.shape[-1], kernel_init=_xavier, dtype=self.dtype, dot_general=product, name="project_out"
+        )
+        return unfold_cells(project_out(x), self.fold, tuple(grid))
 
     def _position_embedding(self, rows: int, columns: int) -> jax.Array:
         """[T,D]; factorised: a row's and a column's vector of D/2 each."""

@@ -6,8 +6,11 @@ torchvision's weights have them. A network is nothing but the numbers of `ResNet
 stem after its ReLU, at stride 2, and the four groups of blocks, at strides 4, 8, 16, 32.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from pushpull_jax.models.layers import Conv, Pointwise
 
@@ -45,11 +48,15 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The trunk; `widening` multiplies the inner width of the blocks, 2 in Wide-ResNet-50-2."""
+    """The trunk; `widening` multiplies the inner width of the blocks, 2 in Wide-ResNet-50-2.
+
+    It computes in `dtype`, which the stage ends have too.
+    """
 
     repeats: tuple[int, int, int, int]
     bottleneck: bool
     widening: int = 1
+    dtype: Any = jnp.float32
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
@@ -62,7 +69,7 @@ class ResNet(nn.Module):
         """The stage ends named in `stages` (1..5), in that order; what is behind the deepest of them is not run."""
         if not stages or not set(stages) <= {1, 2, 3, 4, 5}:
             raise ValueError(f"stages must be some of 1 to 5, got {stages}")
-        ends = {1: nn.relu(Conv(STEM_WIDTH, 7, 2, "symmetric", name="stem")(x))}
+        ends = {1: nn.relu(Conv(STEM_WIDTH, 7, 2, "symmetric", name="stem")(x.astype(self.dtype)))}
         for group in range(1, max(stages)):
             x = max_pool(ends[1]) if group == 1 else ends[group]
             inner, width = GROUP_WIDTHS[group - 1] * self.widening, self.stage_widths[group]

@@ -6,6 +6,8 @@ et al., DINOv2, TMLR 2024, for patches of 14 px and a scale on each residual bra
 normalised, without the class token. The position embedding is learned for one grid, and conversion resamples it once.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,12 +43,16 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The trunk for images of one size, `grid` patches of 14 px; the default grid is that of 252 x 252 px."""
+    """The trunk for images of one size, `grid` patches of 14 px; the default grid is that of 252 x 252 px.
+
+    It computes in `dtype`, which the stage ends have too.
+    """
 
     width: int
     heads: int
     depth: int = 12
     grid: tuple[int, int] = (18, 18)
+    dtype: Any = jnp.float32
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
@@ -70,7 +76,7 @@ class VisionTransformer(nn.Module):
         stages = tuple(range(1, self.depth + 1)) if stages is None else stages
         if not stages or not set(stages) <= set(range(1, self.depth + 1)):
             raise ValueError(f"stages must be some of 1 to {self.depth}, got {stages}")
-        x = self._tokens(x)
+        x = self._tokens(x.astype(self.dtype))
         ends = {}
         for number in range(1, max(stages) + 1):
             x = Block(self.heads, name=f"block_{number}")(x)
