@@ -1,9 +1,10 @@
 """Convolutions of the frozen backbones: dense, pointwise and depthwise, NHWC, with the padding of either weight family.
 
 Batch normalisation is folded into kernel and bias when weights are converted, so that a layer here is a
-convolution plus a bias. Convolutions have two lowerings that agree to float rounding: XLA's own, right on GPU and TPU,
-and shifted slices for the CPU: a depthwise convolution is their weighted sum, which XLA fuses into one loop and which
-is 10 to 60 times faster there, a dense one of few channels their matrix product.
+convolution plus a bias. The bias cancels much of the convolution, so that their sum is taken in float32 and then
+rounded to the dtype of the input. Convolutions have two lowerings that agree to float rounding: XLA's own, right on GPU
+and TPU, and shifted slices for the CPU: a depthwise convolution is their weighted sum, which XLA fuses into one loop
+and which is 10 to 60 times faster there, a dense one of few channels their matrix product.
 """
 
 import functools
@@ -53,11 +54,16 @@ def _shifted(x: jax.Array, size: int, *, stride: int, padding: Padding) -> list[
     ]
 
 
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B,H,W,Cin] times [Cin,Cout], accumulated to float32."""
+    return jnp.einsum("bhwc,cd->bhwd", x, kernel, preferred_element_type=jnp.float32)
+
+
 def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-    """Depthwise convolution of [B,H,W,C] with [k,k,C] as the sum of k*k shifted slices, each times its weight."""
+    """Depthwise convolution of [B,H,W,C] with [k,k,C], float32: a sum of k*k shifted slices, each times its weight."""
     slices = _shifted(x, kernel.shape[0], stride=stride, padding=padding)
-    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
-    return sum(part * weights[i] for i, part in enumerate(slices))
+    weights = kernel.astype(jnp.float32).reshape(-1, 1, 1, 1, kernel.shape[-1])
+    return sum(part.astype(jnp.float32) * weights[i] for i, part in enumerate(slices))
 
 
 def depthwise_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
@@ -69,13 +75,13 @@ def depthwise_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: 
         padding=_spatial_pads(x, kernel.shape[0], stride, padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
-    )
+    ).astype(jnp.float32)
 
 
 def dense_by_shifts(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
     """Convolution of [B,H,W,Cin] with [k,k,Cin,Cout] as one matrix product with k*k*Cin channels of shifted slices."""
     slices = _shifted(x, kernel.shape[0], stride=stride, padding=padding)
-    return jnp.einsum("bhwc,cd->bhwd", jnp.concatenate(slices, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
+    return _product(jnp.concatenate(slices, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
 
 
 def dense_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
@@ -86,7 +92,7 @@ def dense_by_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padd
         window_strides=(stride, stride),
         padding=_spatial_pads(x, kernel.shape[0], stride, padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    ).astype(jnp.float32)
 
 
 def lowered(lowering: Lowering, *operands: Any, shift: Callable[..., Any], conv: Callable[..., Any]) -> Any:
@@ -146,9 +152,9 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         out = dense_conv(x, kernel, stride=self.stride, padding=self.padding, lowering=self.lowering)
-        return out + bias[None, None, None, :]
+        return (out + bias[None, None, None, :]).astype(x.dtype)
 
 
 class Pointwise(nn.Module):
@@ -159,8 +165,8 @@ class Pointwise(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return jnp.einsum("bhwc,cd->bhwd", x, kernel) + bias[None, None, None, :]
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return (_product(x, kernel) + bias[None, None, None, :]).astype(x.dtype)
 
 
 class Depthwise(nn.Module):
@@ -175,6 +181,6 @@ class Depthwise(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(1 / self.kernel), shape).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         out = depthwise_conv(x, kernel, stride=self.stride, padding=self.padding, lowering=self.lowering)
-        return out + bias[None, None, None, :]
+        return (out + bias[None, None, None, :]).astype(x.dtype)
