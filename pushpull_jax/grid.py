@@ -113,7 +113,9 @@ def sum_moments(
     rest = chosen - traits.network.reconstruct(parameters, chosen)
     counts = (rows >= 0).astype(jnp.float32)
     return {
-        name: Moments(*(jnp.tensordot(counts, leaf, axes=1) for leaf in moments(part)))
+        name: Moments(
+            *(jnp.tensordot(counts, leaf, axes=1, precision=jax.lax.Precision.HIGHEST) for leaf in moments(part))
+        )
         for name, part in traits.network.measured(rest).items()
     }
 
