@@ -76,3 +76,13 @@ def test_readme_code_names_what_there_is(block):
 def test_readme_lists_the_shipped_configs():
     table = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert set(shipped_configs()) <= table
+
+
+def test_the_api_reference_is_that_of_the_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_api_reference
+
+    assert make_api_reference.OUTPUT.read_text(encoding="utf-8") == make_api_reference.reference(), (
+        "run scripts/make_api_reference.py"
+    )
+    assert {name for part in make_api_reference.PARTS.values() for name in part} == set(pushpull_jax.__all__)
