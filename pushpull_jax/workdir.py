@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,17 @@ THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "pre
 
 # What the numbers of a run depend on.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
+
+
+def run_folder(workdir: str | os.PathLike) -> Path:
+    """The folder of a run.
+
+    Raises:
+        InputError: it is the address of a bucket, which would become a local folder of that name.
+    """
+    if re.match(r"\w\w+:/", str(workdir)):
+        raise InputError(f"workdir {workdir}: expected a folder; a bucket must be mounted as one (docs/hosts.md)")
+    return Path(workdir)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -99,9 +111,8 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Add one row to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row)) + "\n")
+    """Add one row to a JSON-lines file, which is written whole: a bucket cannot append."""
+    write_lines(path, [*read_lines(path), row])
 
 
 def versions() -> dict[str, str]:

@@ -209,3 +209,9 @@ def test_the_final_name_never_holds_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((a.read_bytes(), path.exists())), real(a, b)))
     files.write_bytes(path, b"whole")
     assert seen == [(b"whole", False)] and path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("bucket", ["gs://bucket/run", "s3:/bucket/run"])  # as Path leaves it
+def test_a_bucket_is_no_folder(bucket):
+    with pytest.raises(InputError, match=f"workdir {bucket}: expected a folder; a bucket must be mounted"):
+        files.run_folder(bucket)
