@@ -43,6 +43,7 @@ from pushpull_jax.grid import (
     sum_moments,
     train_chunk,
 )
+from pushpull_jax.hosts import process_count
 from pushpull_jax.mesh import device_mesh, replicate, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
@@ -103,7 +104,12 @@ def ablate(ablation: Ablation, workdir: str | Path, *, command: Sequence[str] = 
     Raises:
         InputError: a run or its data cannot be used (nothing is written then), or the folder holds something else.
     """
-    folder, runs = Path(workdir), runs_of(ablation, source="ablation")
+    folder, runs = files.run_folder(workdir), runs_of(ablation, source="ablation")
+    if process_count(ablation.config.hosts) > 1:
+        raise InputError(
+            "hosts.processes: an ablation runs in one process, on all devices of it; start it once, and within a "
+            "cluster's job with --hosts.processes 1"
+        )
     resumed = _check_startable(folder, ablation)
     records = [read_run(run) for run in runs]
     starts = [read_start(run, None) if run.training.start else None for run in runs]
@@ -317,7 +323,7 @@ def _train(
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 files.append_line(log, {"step": last, "loss": losses.tolist()})
                 checkpoints.check()
-                told_to_stop = notice.came
+                told_to_stop = notice.is_due()
                 if last % config.checkpoint.every == 0 or last == steps or told_to_stop:
                     checkpoints.save(states, step=last)
                 if told_to_stop:

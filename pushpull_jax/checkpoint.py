@@ -5,6 +5,7 @@ over for the one before it, and named.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -27,13 +28,20 @@ _DIGEST = "digest"
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step. A context manager: leaving it waits for what is being written."""
+    """The checkpoints of one run, by step. A context manager: leaving it waits for what is being written.
+
+    Of several processes all save, and one writes, since all have the same state.
+    """
 
     def __init__(self, folder: Path, *, keep: int | None = None, create: bool = True):
         # What a killed process was writing goes; whoever only reads (create=False) leaves it, it may be in the making.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create)
+        if not create:  # each process reads for itself, and waits for no other
+            me = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+            options = dataclasses.replace(options, multiprocessing_options=alone)
         # orbax refuses relative paths, and leaves debris when it does.
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = _Manager(folder.resolve(), options=options)
         self._folder, self._stack = folder, contextlib.ExitStack()
 
     def __enter__(self) -> "Checkpoints":
@@ -136,6 +144,13 @@ class Checkpoints:
                 others.append(f"{shown} (expected {list(to.shape)}, got {list(leaf.shape)})")
         if others:
             raise InputError(f"{path}: arrays of another shape: {', '.join(sorted(others))}")
+
+
+class _Manager(ocp.CheckpointManager):
+    """Of orbax, which would ask whether to stop by the number of the step; `preemption` asks, by that of the chunk."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 @contextlib.contextmanager

@@ -224,6 +224,20 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """The processes that train together, each with devices of its own (docs/hosts.md)."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, where they meet; empty: found from the environment (TPU pod, SLURM, Kubernetes)."""
+    processes: int = 0
+    """How many there are; 0: as the environment tells, 1 where it tells nothing."""
+    process: int = -1
+    """Which one this is, from 0 up; with coordinator."""
+    heartbeat_timeout_seconds: int = 100
+    """A process that was not heard of for so long has died, and the others end."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -237,6 +251,7 @@ class Config:
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     mesh: Mesh = field(default_factory=Mesh)
+    hosts: Hosts = field(default_factory=Hosts)
     seed: int = 0
     """Seed of everything random: initial weights, order, dropout, jitter, held-out images, folds, shots, confetti,
     irrelevant images, stored cells."""
@@ -253,7 +268,7 @@ class Ablation:
 
 
 # Fields that do not change the numbers but for rounding: a resumed run may change them.
-HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "data.root", "compute.depthwise")
+HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "hosts.", "data.root", "compute.depthwise")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -500,6 +515,8 @@ def check(config: Config, *, source: str) -> None:
         ("checkpoint.every", _divides(config.log.every, config.checkpoint.every), "a multiple of log.every"),
         ("mesh.data", config.mesh.data == -1 or config.mesh.data >= 1, "at least 1, or -1"),
         ("mesh.grid", config.mesh.grid == -1 or config.mesh.grid >= 1, "at least 1, or -1"),
+        ("hosts.coordinator", _is_address(config.hosts), "HOST:PORT where hosts.processes is 2 or more, else empty"),
+        ("hosts.process", _is_process(config.hosts), "from 0 to hosts.processes - 1, with hosts.coordinator"),
         ("seed", config.seed < 2**32, "below 2**32, a key's 32 bits"),
         *((name, flatten(config)[name] > 0, "positive") for name in _POSITIVE),
         *((name, flatten(config)[name] >= 0, "0 or more") for name in _NOT_NEGATIVE),
@@ -512,11 +529,12 @@ def check(config: Config, *, source: str) -> None:
 _POSITIVE = (
     "reconstructor.width", "reconstructor.heads", "reconstructor.hidden", "reconstructor.fold", "reconstructor.cells",
     "training.batch_size", "training.learning_rate", "training.clip_norm", "scoring.window", "log.every",
-    "checkpoint.every", "checkpoint.keep",
+    "checkpoint.every", "checkpoint.keep", "hosts.heartbeat_timeout_seconds",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.steps", "training.warmup_steps",
-    "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "seed",
+    "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "hosts.processes",
+    "seed",
 )  # fmt: skip
 
 
@@ -535,6 +553,14 @@ def _are_map_weights(config: Config) -> bool:
     weights, scoring = config.scoring.map_weights, config.scoring
     fits = len(weights) == len(config.features.stages) and min(weights, default=0) >= 0 and sum(weights) > 0
     return not weights or (scoring.map == "whitened" and fits)
+
+
+def _is_address(hosts: Hosts) -> bool:
+    return bool(re.fullmatch(r"\S+:\d+", hosts.coordinator)) if hosts.processes > 1 else not hosts.coordinator
+
+
+def _is_process(hosts: Hosts) -> bool:
+    return 0 <= hosts.process < hosts.processes if hosts.coordinator else hosts.process == -1
 
 
 def _is_k(config: Config) -> bool:

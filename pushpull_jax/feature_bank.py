@@ -4,6 +4,7 @@ Features are [N,h,w,C] float32, not standardised, on the host. A row is a positi
 for twice has the row it had.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from pushpull_jax.conversion.tensors import Parameters
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.features import FeatureSpec, extract_all
+from pushpull_jax.hosts import divided
 from pushpull_jax.progress import progress_bar
 
 
@@ -61,12 +63,16 @@ class FeatureBank:
         """
         new = [record for record in dict.fromkeys(records) if record not in self._rows]
         if new:
-            total = -(-len(new) // BATCH_SIZE)
-            bar = progress_bar(self.batches(new, dropped), desc=what, total=total, unit="batch")
-            rows = self.add(extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE))
+            rows = self.add(divided(functools.partial(self._extracted, what), new, dropped))
             read = (record for record in new if record.key not in dropped)
             self._rows |= dict(zip(read, rows.tolist(), strict=True))
         return np.asarray([self._rows[record] for record in records if record in self._rows], np.int32)
+
+    def _extracted(self, what: str, records: Sequence[Record], dropped: dict[str, str]) -> np.ndarray:
+        """Features of the records that can be read."""
+        total = -(-len(records) // BATCH_SIZE)
+        bar = progress_bar(self.batches(records, dropped), desc=what, total=total, unit="batch")
+        return extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE)
 
     def rows_with_masks(
         self, records: Sequence[Record], *, what: str, dropped: dict[str, str]

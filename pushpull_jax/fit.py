@@ -21,7 +21,8 @@ from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import Network, build_optimizer, detect_features, initial_state, peaks
 from pushpull_jax.errors import InputError
-from pushpull_jax.mesh import device_mesh, replicate
+from pushpull_jax.hosts import agreed, is_first
+from pushpull_jax.mesh import device_mesh, on_one_device, replicate
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.progress import progress_bar
@@ -98,8 +99,10 @@ def fit(
         elif not steps:
             checkpoints.save(state)
         state, examples = replicate(state, program.mesh), replicate(examples, program.mesh)
-        step, log = int(state.step), folder / files.LOG
-        files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
+        step, log = int(state.step.addressable_data(0)), folder / files.LOG
+        with agreed():
+            if is_first():
+                files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
         with progress_bar(desc="training", total=steps, initial=step, unit="step") as bar:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
@@ -109,9 +112,10 @@ def fit(
                 row = {"step": last, **_means(metrics, step, last, config)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
-                files.append_line(log, row)
+                if is_first():
+                    files.append_line(log, row)
                 checkpoints.check()
-                is_told = notice.came  # asked once, since it may come at any moment
+                is_told = notice.is_due()  # asked once, since it may come at any moment
                 if last % config.checkpoint.every == 0 or last == steps or is_told:
                     checkpoints.save(state)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
@@ -121,7 +125,7 @@ def fit(
                     break
     if notice.came:  # said when the state is written
         raise Preempted(f"{folder}: told to stop; the state of step {step} is saved")
-    return state
+    return on_one_device(state)
 
 
 def first_state(config: Config, network: Network, normal: np.ndarray, start: Any) -> State:
@@ -158,7 +162,7 @@ def cross_fit(
                 state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
                 _means(metrics, step, last, config)
                 bar.update(last - step)
-            trained = frozen | {"reconstructor": state.parameters}
+            trained = frozen | {"reconstructor": on_one_device(state.parameters)}
             parameters = with_residuals(trained, residual_sums(program, trained, features[kept]))
             for whole, part in zip(results, score_features(program, parameters, features[held]), strict=True):
                 whole[held] = part

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +24,7 @@ def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
         data: devices along "data"; likewise.
 
     Raises:
-        InputError: there are fewer devices, or both are -1.
+        InputError: there are fewer devices, or both are -1; or not all devices of several processes are taken.
     """
     count = jax.device_count()
     if grid == data == -1:
@@ -31,6 +32,11 @@ def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
     shape = (count // data if grid == -1 else grid, count // grid if data == -1 else data)
     if min(shape) < 1 or shape[0] * shape[1] > count:
         raise InputError(f"mesh.grid {grid} and mesh.data {data}: there are {count} devices")
+    if shape[0] * shape[1] < count and jax.process_count() > 1:
+        raise InputError(
+            f"mesh.data {data}: there are {count} devices of {jax.process_count()} processes, and all must be used: "
+            "mesh.data -1"
+        )
     devices = jax.devices()[: shape[0] * shape[1]]
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
 
@@ -38,7 +44,12 @@ def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
 def computed_on() -> dict[str, Any]:
     """What the bits of a result depend on besides config and versions: devices and CPUs."""
     devices = jax.devices()
-    return {"device": devices[0].device_kind, "devices": len(devices), "cpus": os.cpu_count()}
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+    }
 
 
 def spread(tree: Any, mesh: Mesh, axis: str) -> Any:
@@ -47,5 +58,16 @@ def spread(tree: Any, mesh: Mesh, axis: str) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The same on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """The same on every device, of all processes; each has it."""
+    sharding = NamedSharding(mesh, P())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    # device_put would gather what all processes have, and compare it.
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf)), tree
+    )
+
+
+def on_one_device(tree: Any) -> Any:
+    """What is replicated, on one device of this process."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

@@ -154,7 +154,9 @@ def make_chunk(
         with the number of the step.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    replicated = None if mesh is None else NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated)
     def chunk(state: State, examples: Batch, indices: jax.Array, key: jax.Array):
         def choose(chosen: jax.Array) -> Batch:
             batch = jax.tree.map(lambda leaf: leaf[_filled(chosen, mesh)], examples)

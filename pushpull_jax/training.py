@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from pushpull_jax import hosts
 from pushpull_jax import workdir as files
 from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
-from pushpull_jax.config import Config, check
+from pushpull_jax.config import Config, check, flatten
 from pushpull_jax.data.manifest import fingerprint
 from pushpull_jax.detector import Network, build_network, initial_state, load_frozen, read_network
 from pushpull_jax.errors import InputError
@@ -55,27 +56,43 @@ def train(
         command: what was typed, for config.json.
 
     Returns:
-        The contents of metrics.json; empty where the data have no test images.
+        The contents of metrics.json; empty where the data have no test images, and in all processes but the first.
 
     Raises:
         InputError: the config, the data or the folder cannot be used: nothing is written then. Or the loss is not
             finite: the last good checkpoint is kept.
     """
-    folder = Path(workdir)
+    folder = files.run_folder(workdir)
     check(config, source="config")
-    config = _with_absolute_paths(config)
+    with hosts.connected(config.hosts):
+        with hosts.agreed():
+            records = _trained(_with_absolute_paths(config), folder, loss_fn, reconstructor, command)
+        return _evaluated(folder, records, reconstructor) if hosts.is_first() else {}
+
+
+def _trained(
+    config: Config,
+    folder: Path,
+    loss_fn: LossFunction | None,
+    reconstructor: nn.Module | None,
+    command: Sequence[str],
+) -> RunRecords:
+    """Train a detector, or go on with a run that was stopped, up to its thresholds; the records of the run."""
+    hosts.check_same("a config", _of_all_hosts(config))
+    hosts.check_shared(folder)
     described = build_network(config, reconstructor=reconstructor)  # a wrong field is said before anything is read
     name = config.training.loss if loss_fn is None else _name_of(loss_fn)
     # What was passed from Python stands beside the config: a resumed run must have been given the same.
     given = {"loss": name, "reconstructor": repr(described.reconstructor)}
-    resumed = files.check_startable(folder, config)
+    with hosts.agreed():  # before any of them writes
+        resumed = files.check_startable(folder, config)
     records = read_run(config)  # wrong data are said before weights are downloaded
     if resumed:
         _check_same(folder, records, given)
         if _is_finished(folder, config, described):
-            files.write_config(folder, config, **files.read_config(folder)[1])
+            _write_anew(folder, config)
             say(f"{folder} is finished")
-            return _evaluated(folder, records, reconstructor)
+            return records
     start = read_start(config, reconstructor) if config.training.start else None
     if resumed:
         _, network = read_network(folder, reconstructor=reconstructor)
@@ -89,6 +106,7 @@ def train(
     bank = FeatureBank(network.features, frozen["backbone"], config.data)
     known = Standardisation(**frozen["standardisation"]) if "standardisation" in frozen else None
     data = prepare(config, bank, records, standardisation=known)
+    hosts.check_same("data", data.summary)
     frozen |= {"standardisation": data.standardisation._asdict()}
     if start:
         data.summary["start"] = check_start(start, data)
@@ -99,11 +117,11 @@ def train(
                 "another run"
             )
         _say_if_bits_differ(folder, config)
-        # The intervals, the place of the data and, with a constant schedule, the steps may be new.
-        files.write_config(folder, config, **files.read_config(folder)[1])
-        for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
-            (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
-    else:
+        _write_anew(folder, config)
+        if hosts.is_first():
+            for name in (files.THRESHOLD, files.METRICS, files.PREDICTIONS, files.REPORT):
+                (folder / name).unlink(missing_ok=True)  # of the shorter run that goes on
+    elif hosts.is_first():
         folder.mkdir(parents=True, exist_ok=True)
         told = backbone_metadata(network.features.backbone)
         save_parameters(folder / files.BACKBONE, frozen, metadata=told)
@@ -115,14 +133,29 @@ def train(
     state = fit(config, program, examples, data.pools, folder, start=first)
     trained = frozen | {"reconstructor": state.parameters}
     sums = residual_sums(program, trained, np.concatenate([normal, held]))
-    if sums:
+    if sums and hosts.is_first():
         save_parameters(folder / files.RESIDUALS, with_residuals(trained, sums)["residuals"], metadata={})
     if config.scoring.folds:
         unseen = cross_fit(config, program, frozen, examples, data.pools)
     else:
         unseen = score_held_out(program, trained, sums, held)
-    _write_threshold(folder, config, data, *unseen)
-    return _evaluated(folder, records, reconstructor)
+    if hosts.is_first():
+        _write_threshold(folder, config, data, *unseen)
+    return records
+
+
+def _of_all_hosts(config: Config) -> dict[str, Any]:
+    """The fields that all processes must have been given alike."""
+    return {name: value for name, value in files.as_json(flatten(config)).items() if not name.startswith("hosts.")}
+
+
+def _write_anew(folder: Path, config: Config) -> None:
+    """Write the config of a run that goes on.
+
+    The intervals, the place of the data and, with a constant schedule, the steps may be new.
+    """
+    if hosts.is_first():
+        files.write_config(folder, config, **files.read_config(folder)[1])
 
 
 def _computed_on(config: Config) -> dict[str, Any]:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "cli", "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored", "recalibration",
     "prediction", "prediction_output", "tiling", "report",
-    "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "preemption", "steps",
-    "features",
+    "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "hosts", "preemption",
+    "steps", "features",
     "data.supervision", "data.sources", "data.prepared", "data.tfds_builders", "data.pipeline", "data.images",
     "data.visa", "data.mvtec_ad", "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "backbones", "conversion.efficientnet", "conversion.resnet", "conversion.vit",
