@@ -6,6 +6,8 @@ entries are ratios of whole numbers, exact in int32 up to the rounding of the re
 for all platforms at once: what `lax.platform_dependent` chooses is chosen where it is compiled.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -119,10 +121,23 @@ def export_detector(detector: Detector) -> bytes:
     program = jax.jit(lambda images: detect_native(detector.network, detector.parameters, images))
     images = jax.ShapeDtypeStruct(jax_export.symbolic_shape("b, h, w, 3"), jnp.uint8)
     try:
-        return bytes(jax_export.export(program, platforms=PLATFORMS)(images).serialize())
-    except (jax.errors.JAXTypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        with _without_folders():
+            return bytes(jax_export.export(program, platforms=PLATFORMS)(images).serialize())
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the network cannot be exported for any number of images at once: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """Where an operation came from is kept by the name of its source file alone."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, r".*[/\\]")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def read_artefact(content: bytes) -> Any:

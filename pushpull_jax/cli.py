@@ -1,4 +1,4 @@
-"""The command line: `pushpull train|evaluate|predict|ablate|demo`.
+"""The command line: `pushpull train|evaluate|predict|export|ablate|demo`.
 
 jax and tensorflow are imported by the command that needs them, after its arguments have been checked. What a user can
 mend is one message and exit code 1; a usage error is exit code 2, as argparse and tyro have it.
@@ -40,6 +40,7 @@ commands:
   evaluate DIR                                     evaluate a run again: metrics, predictions, report
   predict DIR IMAGES... --output OUT               score images: a table and heat maps
   calibrate DIR --normals IMAGES... --fpr F        fit the thresholds of a run anew, without training
+  export DIR --output OUT [--verify IMAGES]        one folder that runs elsewhere, without this package
   ablate CONFIG --workdir DIR [--vary FIELD=A,B]   a grid of runs, trained together, in one table
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
@@ -108,6 +109,23 @@ class Calibrate:
     """False-positive rate: share of normal images that may be called anomalous."""
     tile: int | None = None
     """Cut images into tiles of this side in pixels, as `predict` will."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Export a finished run to one folder that runs elsewhere: a jax.export artefact, weights, model card, example."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    output: Path
+    """Folder that is made, whole or not at all. One that exists is refused, but for --verify of an export."""
+    verify: Path | None = None
+    """Folder of images that every artefact must score as the run itself does, or the command fails; where OUTPUT is an
+    export already, it is verified as it is."""
+    tolerance: float = 1e-4
+    """Of --verify: largest difference of a score, relative, and of a map, relative to its largest value."""
+    saved_model: bool = False
+    """Write a TensorFlow SavedModel too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +316,22 @@ def calibrate(arguments: list[str]) -> None:
     _raise_unreadable(result.unreadable)
 
 
+def export(arguments: list[str]) -> None:
+    chosen = _parse(Export, arguments)
+
+    _enable_compilation_cache()
+    from pushpull_jax.exporting import export
+
+    export(
+        chosen.workdir,
+        chosen.output,
+        verify=chosen.verify,
+        tolerance=chosen.tolerance,
+        saved_model=chosen.saved_model,
+    )
+    print(f"export: {chosen.output}, see {chosen.output / 'README.md'}")
+
+
 def demo(arguments: list[str]) -> None:
     chosen = _parse(Demo, arguments)
 
@@ -312,6 +346,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "calibrate": calibrate,
+    "export": export,
     "ablate": ablate,
     "demo": demo,
 }
