@@ -46,6 +46,12 @@ def heat_colours(maps: np.ndarray, *, threshold: float) -> np.ndarray:
     return np.rint(_colours(_relative(maps, threshold))).astype(np.uint8)
 
 
+def css_gradient() -> str:
+    """The colours of the heat scale as stops of a CSS gradient, from 0 to twice the threshold."""
+    colours = heat_colours(np.linspace(0.0, 2.0, 41)[None], threshold=1.0)[0]
+    return ", ".join("rgb({}, {}, {})".format(*colour) for colour in colours)
+
+
 def overlay(image: np.ndarray, score_map: np.ndarray, *, threshold: float, opacity: float = 0.6) -> np.ndarray:
     """The image under its heat colours, with a line around what lies above the threshold.
 

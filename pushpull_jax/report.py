@@ -154,7 +154,7 @@ def _render(report: Report) -> str:
         pro_limit=f"{100 * report.pro_limit:.3g}%",
         training=_training_charts(report.history) or _missing("no training history"),
         types=_type_rows(labels, scores, np.asarray(report.defect_types), alarms),
-        heat_scale=_heat_scale(),
+        heat_scale=heatmap.css_gradient(),
         galleries="\n".join(_gallery(group, report) for group in _GROUPS),
         details=_pair_rows(report.details.items()),
         config=_pair_rows(_flat(report.config)),
@@ -265,12 +265,6 @@ def _type_rows(labels: np.ndarray, scores: np.ndarray, types: np.ndarray, alarms
         head = f'<th scope="row"><i class="dot {kind}"></i>{_text(name)}</th>'
         rows.append(f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return "\n".join(rows)
-
-
-def _heat_scale() -> str:
-    """The heat scale as a CSS gradient from 0 to twice the threshold."""
-    colours = heatmap.heat_colours(np.linspace(0.0, 2.0, 41)[None], threshold=1.0)[0]
-    return ", ".join("rgb({}, {}, {})".format(*colour) for colour in colours)
 
 
 def _gallery(group: _Group, report: Report) -> str:
