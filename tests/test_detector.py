@@ -146,6 +146,8 @@ def test_a_detector_is_detect(detector, detected):
     assert scores.shape == (3,) and maps.shape == (3, SIZE, SIZE) and scores.dtype == maps.dtype == jnp.float32
     for one, other in zip(detector.detect_resized(images), (scores, maps), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+    for one, other in zip(detector.detect_resized(images, size=2), (scores, maps), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
     photographs_scores, native = detector(photographs(3, (3, 40, 56, 3)))
     np.testing.assert_allclose(photographs_scores, scores, rtol=1e-5)
     np.testing.assert_allclose(native, upsample(maps, (40, 56)), rtol=1e-4)

@@ -16,6 +16,7 @@ from pushpull_jax.data.images import (
     LETTERBOX_GREY,
     decode_image,
     decode_mask,
+    image_size,
     letterbox_box,
     mask_to_grid,
     mask_to_image,
@@ -213,6 +214,12 @@ def test_a_flipped_bit_of_a_png_is_refused():
         damaged[position] ^= 1
         with pytest.raises(InputError, match="wrong checksum of its IDAT chunk at byte 33"):
             decode_image(bytes(damaged))
+
+
+def test_the_size_is_that_of_the_header():
+    encoded = io.BytesIO()
+    Image.fromarray(np.zeros((3, 5), np.uint8)).save(encoded, "PNG")
+    assert image_size(encoded.getvalue()[:41]) == (3, 5)  # IHDR, and not a byte of the data
 
 
 def test_what_is_not_an_image_is_named(tmp_path):

@@ -90,6 +90,21 @@ def decode_mask(source: Source, *, name: str | None = None) -> np.ndarray:
         return marked.any(axis=-1) if marked.ndim == 3 else marked
 
 
+def image_size(source: Source, *, name: str | None = None) -> tuple[int, int]:
+    """Height and width that the header of an image tells, before its orientation is applied; nothing is decoded.
+
+    Args:
+        source: as for `decode_image`.
+        name: as for `decode_image`.
+
+    Raises:
+        InputError: not such a file, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    data, name = _contents(source, name)
+    with _blaming(name), _opened(data) as image:
+        return image.height, image.width
+
+
 def read_image(record: Record) -> np.ndarray:
     """The image of a record, [H,W,3] uint8, by `decode_image`."""
     return decode_image(record.image)
