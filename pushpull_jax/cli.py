@@ -1,4 +1,4 @@
-"""The command line: `pushpull train|evaluate|predict|export|ablate|demo`.
+"""The command line: `pushpull COMMAND ...`, as `USAGE` lists them.
 
 jax and tensorflow are imported by the command that needs them, after its arguments have been checked. What a user can
 mend is one message and exit code 1; a usage error is exit code 2, as argparse and tyro have it.
@@ -42,6 +42,7 @@ commands:
   calibrate DIR --normals IMAGES... --fpr F        fit the thresholds of a run anew, without training
   export DIR --output OUT [--verify IMAGES]        one folder that runs elsewhere, without this package
   ablate CONFIG --workdir DIR [--vary FIELD=A,B]   a grid of runs, trained together, in one table
+  serve DIR [--port N]                             score images that are sent by HTTP; a page to drop them on
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
 CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adtr, ... (a misspelt one lists them all).
@@ -138,6 +139,24 @@ class Ablate:
     vary: tuple[str, ...] = ()
     """Fields and their values, FIELD=A,B,C, besides or instead of those that vary in CONFIG; a field that is a tuple
     takes tuples: "features.stages=(1,2),(3,)"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a finished run by HTTP until SIGTERM: POST /predict, and a page at / to drop images on."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    port: int = 8000
+    """Port; 0 takes any that is free."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs a token in the environment variable PUSHPULL_TOKEN."""
+    max_megabytes: float = 32.0
+    """Largest request."""
+    max_megapixels: float = 16.8
+    """Largest image."""
+    max_waiting: int = 64
+    """Images at a time; a client that comes then is answered 503."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +351,29 @@ def export(arguments: list[str]) -> None:
     print(f"export: {chosen.output}, see {chosen.output / 'README.md'}")
 
 
+def serve(arguments: list[str]) -> None:
+    chosen = _parse(Serve, arguments)
+
+    _enable_compilation_cache()
+    try:
+        from pushpull_jax.service.serving import TOKEN, Limits, bind, run
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("pushpull_jax"):
+            raise
+        raise InputError(f"needs {error.name}, of the extra `serve`: pip install 'pushpull_jax[serve]'") from error
+    from pushpull_jax.detector import load
+
+    token = os.environ.get(TOKEN)
+    with bind(chosen.host, chosen.port, token=token) as listening:
+        detector = load(chosen.workdir)
+        limits = Limits(
+            body=int(chosen.max_megabytes * 1e6), pixels=int(chosen.max_megapixels * 1e6), waiting=chosen.max_waiting
+        )
+        host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+        print(f"serving {chosen.workdir} on http://{host}:{listening.getsockname()[1]}", flush=True)
+        run(detector, listening, token=token, limits=limits)
+
+
 def demo(arguments: list[str]) -> None:
     chosen = _parse(Demo, arguments)
 
@@ -348,6 +390,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "calibrate": calibrate,
     "export": export,
     "ablate": ablate,
+    "serve": serve,
     "demo": demo,
 }
 

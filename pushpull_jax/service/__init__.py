@@ -1,0 +1,1 @@
+"""A trained detector over HTTP, for one machine: `pushpull serve`."""
