@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The architecture, from the command line down: a module imports only from those after it.
 LAYERS = (
     "cli", "exporting", "export_formats", "export_card", "artefact", "export_verification", "export_example",
-    "cli", "service.serving", "service.connections", "service.web", "service.microbatches", "service.measures",
+    "service.serving", "service.connections", "service.web", "service.microbatches", "service.measures",
     "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored", "recalibration",
     "prediction", "prediction_output", "tiling", "report",
     "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "hosts", "preemption",
