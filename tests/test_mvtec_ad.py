@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pushpull_jax.data.manifest import Record, fingerprint, hold_out, is_image_name, listed
-from pushpull_jax.data.mvtec_ad import categories, read_mvtec_ad
+from pushpull_jax.data.mvtec_ad import read_mvtec_ad
+from pushpull_jax.data.split_folders import categories
 from pushpull_jax.errors import InputError
 
 SHARED = Path(os.environ.get("PUSHPULL_SHARED") or Path(__file__).parents[2] / "shared" / "data")
@@ -143,10 +144,10 @@ def test_missing_category_names_those_there(root):
 
 def test_missing_or_empty_train_good(tmp_path):
     write(tmp_path, "c/test/good/0.png")
-    with pytest.raises(InputError, match="no folder .*train/good"):
+    with pytest.raises(InputError, match="no folder of normal training images: train/good"):
         read_mvtec_ad(tmp_path, "c")
     write(tmp_path, "c/train/good/readme.txt")
-    with pytest.raises(InputError, match=r"train/good holds no image \(\.png"):
+    with pytest.raises(InputError, match=r"no image \(\.png.* among .*: train/good"):
         read_mvtec_ad(tmp_path, "c")
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint", "hosts", "preemption",
     "steps", "features",
     "data.supervision", "data.sources", "data.prepared", "data.tfds_builders", "data.pipeline", "data.images",
-    "data.visa", "data.mvtec_ad", "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights",
+    "data.visa", "data.mvtec_ad", "data.split_folders", "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights",
     "torch_checkpoint", "backbones", "conversion.efficientnet", "conversion.resnet", "conversion.vit",
     "conversion.keras_h5", "conversion.tensors", "models.reconstructor", "models.convolutional", "models.nearest",
     "models.efficientnet", "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from typing import Literal
 
-from pushpull_jax.data.folders import Faults, existing_folder, image_files, relative, report_faults, subfolders
+from pushpull_jax.data.folders import Fault, Faults, existing_folder, image_files, relative, settle, subfolders
 from pushpull_jax.data.manifest import IMAGE_SUFFIXES, Record, Stored, missing_category
 from pushpull_jax.errors import InputError
 
@@ -26,34 +26,37 @@ def class_names(root: str | os.PathLike) -> tuple[str, ...]:
     return tuple(folder.name for folder in subfolders(root / "train"))
 
 
-def read_class_folders(root: str | os.PathLike, normal: str) -> tuple[Record, ...]:
+def read_class_folders(root: str | os.PathLike, normal: str, *, faults: Faults | None = None) -> tuple[Record, ...]:
     """Read the manifest of one run: a class is normal, the others are anomalous.
 
     Args:
         root: the folder that holds train and test; keys are relative to it.
         normal: name of the normal class.
+        faults: receives what is wrong in place of an error.
 
     Returns:
         The training images of the normal class and all test images, sorted by key.
 
     Raises:
-        InputError: the folder or the class does not exist, it has no training image, or folders lie where images
-            belong.
+        InputError: the folder or the class does not exist; without `faults` also where it has no training image, or
+            folders lie where images belong.
     """
     root = existing_folder(root)
     names = class_names(root)
     if normal not in names:
         raise missing_category(normal, names, where=str(root / "train"))
-    faults: Faults = defaultdict(list)
+    found: Faults = defaultdict(list)
     folders = [("train", root / "train" / normal), *(("test", folder) for folder in subfolders(root / "test"))]
     records = []
     for split, folder in folders:
-        for path in image_files(folder, root, faults):
-            (key,) = relative([path], root)
+        for path in image_files(folder, found):
+            key = relative(path, root)
             records.append(one_class_record(key, str(path), shows=folder.name, split=split, normal=normal))
-    report_faults(faults, what=f"class {normal}", base=root)
     if not any(record.split == "train" for record in records):
-        raise InputError(f"class {normal}: {folders[0][1]} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        found[Fault(f"no image ({', '.join(IMAGE_SUFFIXES)}) of the normal class", "no_training_image")].append(
+            folders[0][1]
+        )
+    settle(found, faults, what=f"class {normal}", base=root)
     return tuple(sorted(records, key=lambda record: record.key))
 
 

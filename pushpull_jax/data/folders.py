@@ -1,23 +1,35 @@
 """What the readers of folders share: listings in a fixed order, images told from bystanders, errors that help.
 
 Nothing is decoded here. Listings are sorted and leave hidden entries out. Faults are collected rather than raised one
-by one, so that a data set is mended in one go: what is wrong -> the files, relative to a base.
+by one, so that a data set is mended in one go: what is wrong -> the files.
 """
 
 import difflib
 import os
 import warnings
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from pushpull_jax.data.manifest import is_image_name, listed
 from pushpull_jax.errors import InputError
 
 # Files that data sets and file managers leave beside images, passed over without a word.
 _BYSTANDERS = (".txt", ".md", ".db", ".ini")
-# The fault that is a warning only.
-_IGNORED = "ignored"
 
-Faults = dict[str, list[str]]
+
+class Fault(NamedTuple):
+    """What can be wrong with files of a layout; "ignored" is a warning only."""
+
+    message: str
+    kind: Literal[
+        "misplaced", "ambiguous_mask", "mask_without_image", "image_without_mask", "no_training_image", "missing_file",
+        "table", "ignored",
+    ]  # fmt: skip
+
+
+# The files are absolute paths, or what a table holds in place of one.
+Faults = dict[Fault, list[Path | str]]
+NOT_AN_IMAGE = Fault("not images by their names, ignored", "ignored")
 
 
 def existing_folder(root: str | os.PathLike) -> Path:
@@ -55,29 +67,47 @@ def subfolders(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if path.is_dir()]
 
 
-def image_files(folder: Path, base: Path, faults: Faults) -> list[Path]:
+def image_files(folder: Path, faults: Faults) -> list[Path]:
     """The images of a folder at the end of a layout; what else lies there is entered under its fault."""
     images = []
     for path in entries(folder):
         if path.is_dir():
-            faults["folders where images belong"] += relative([path], base)
+            faults[Fault("folders where images belong", "misplaced")].append(path)
         elif is_image_name(path.name):
             images.append(path)
         elif path.suffix.lower() not in _BYSTANDERS:
-            faults[_IGNORED] += relative([path], base)
+            faults[NOT_AN_IMAGE].append(path)
     return images
 
 
-def report_faults(faults: Faults, *, what: str, base: Path) -> None:
-    """Raise an InputError that lists all faults, or warn of what is not an image by its name."""
-    unknown = faults.pop(_IGNORED, [])
-    if any(faults.values()):
-        lines = [f"{fault}: {listed(sorted(files))}" for fault, files in sorted(faults.items()) if files]
+def settle(found: Faults, faults: Faults | None, *, what: str, base: Path) -> None:
+    """Hand the faults that were found to whoever asked for them; otherwise raise what is wrong, or warn of the ignored.
+
+    Args:
+        found: of one reading.
+        faults: receives them, or None.
+        what: what was read, for messages.
+        base: files are named relative to it.
+
+    Raises:
+        InputError: without `faults`, lists all that are found but the ignored.
+    """
+    if faults is not None:
+        for fault, files in found.items():
+            faults.setdefault(fault, []).extend(files)
+        return
+    named = {fault: sorted(_named(files, base)) for fault, files in sorted(found.items()) if files}
+    lines = [f"{fault.message}: {listed(files)}" for fault, files in named.items() if fault.kind != "ignored"]
+    if lines:
         raise InputError("\n  ".join([f"{what} in {base}:", *lines]))
-    if unknown:
-        warnings.warn(f"{base}: not images by their names, ignored: {listed(sorted(unknown))}", stacklevel=3)
+    for fault, files in named.items():
+        warnings.warn(f"{base}: {fault.message}: {listed(files)}", stacklevel=3)
 
 
-def relative(paths: list[Path], base: Path) -> list[str]:
-    """Paths relative to a base, with forward slashes."""
-    return [path.relative_to(base).as_posix() for path in paths]
+def relative(path: Path, base: Path) -> str:
+    """A path relative to a base, with forward slashes."""
+    return path.relative_to(base).as_posix()
+
+
+def _named(files: list[Path | str], base: Path) -> list[str]:
+    return [relative(file, base) if isinstance(file, Path) else file for file in files]

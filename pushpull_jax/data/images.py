@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pushpull_jax.data.manifest import Record, Stored
+from pushpull_jax.data.manifest import Record, Stored, mask_files
 from pushpull_jax.errors import InputError
 
 Resize = Literal["stretch", "letterbox"]
@@ -111,7 +111,7 @@ def read_image(record: Record) -> np.ndarray:
 
 
 def read_mask(record: Record, *, size: tuple[int, int]) -> np.ndarray | None:
-    """The mask of a record at its native size.
+    """The mask of a record at its native size, united where it has several.
 
     Args:
         record: its label says what a missing mask means.
@@ -126,16 +126,20 @@ def read_mask(record: Record, *, size: tuple[int, int]) -> np.ndarray | None:
     """
     if record.mask is None:
         return np.zeros(size, bool) if record.label == 0 else None
-    mask = decode_mask(record.mask)
-    if mask.shape != tuple(size):
-        raise InputError(
-            f"mask {record.mask} is {mask.shape[1]}x{mask.shape[0]}, its image {record.image} {size[1]}x{size[0]} "
-            "(width x height): they must be equal"
-        )
+    mask = np.zeros(size, bool)
+    for file in mask_files(record):
+        part = decode_mask(file)
+        if part.shape != mask.shape:
+            raise InputError(
+                f"mask {file} is {part.shape[1]}x{part.shape[0]}, its image {record.image} {size[1]}x{size[0]} "
+                "(width x height): they must be equal"
+            )
+        mask |= part
+    name = " with ".join(map(str, mask_files(record)))
     if record.label == 1 and not mask.any():
-        raise InputError(f"mask {record.mask} marks no pixel, but its image {record.image} is labelled anomalous")
+        raise InputError(f"mask {name} marks no pixel, but its image {record.image} is labelled anomalous")
     if record.label == 0 and mask.any():
-        raise InputError(f"mask {record.mask} marks anomalous pixels, but its image {record.image} is labelled normal")
+        raise InputError(f"mask {name} marks anomalous pixels, but its image {record.image} is labelled normal")
     return mask
 
 

@@ -8,7 +8,7 @@ command line can read a manifest quickly.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,7 +42,7 @@ class Record:
     Attributes:
         key: path relative to the root of the data, with forward slashes.
         image: absolute path of the image, or the file stored in a prepared data set.
-        mask: the same of its mask, or None where there is none.
+        mask: the same of its mask, or of several that are united; None where there is none.
         label: 1 anomalous, 0 normal, None unlabelled.
         defect_type: name of the kind of defect, "good" for normal images.
         split: "train" or "test".
@@ -51,11 +51,18 @@ class Record:
 
     key: str
     image: str | Stored
-    mask: str | Stored | None
+    mask: str | Stored | tuple[str, ...] | None
     label: int | None
     defect_type: str
     split: Literal["train", "test"]
     category: str = ""
+
+
+def mask_files(record: Record) -> tuple[str | Stored, ...]:
+    """The files whose union is the mask of a record."""
+    if record.mask is None:
+        return ()
+    return record.mask if isinstance(record.mask, tuple) else (record.mask,)
 
 
 def is_image_name(name: str) -> bool:
@@ -101,6 +108,19 @@ def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[
     return _parted(normal, held=set(order[: max(count, 0)]))
 
 
+def tested_share(keys: Iterable[str]) -> frozenset[str]:
+    """The normal images that are tested where a data set has no split: a fifth, those of the least SHA-256 of the key.
+
+    It depends on the keys alone, and images that are added move few others. All anomalies are tested; a fifth leaves
+    most normal images to be trained on (our choice).
+
+    Returns:
+        round(n / 5) of n keys, at least one of two or more.
+    """
+    ordered = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
+    return frozenset(ordered[: max(round(len(ordered) / 5), 1 if len(ordered) > 1 else 0)])
+
+
 def fingerprint(records: Sequence[Record]) -> str:
     """SHA-256 over the records and the contents of their files, in the order of the keys.
 
@@ -115,7 +135,9 @@ def fingerprint(records: Sequence[Record]) -> str:
     """
     digest = hashlib.sha256()
     for record in sorted(records, key=lambda record: record.key):
-        mask = None if record.mask is None else _file_digest(record.mask)
+        masks = [_file_digest(mask) for mask in mask_files(record)]
+        # One mask stands by itself, none is null: digests of data sets without several stay what they were.
+        mask = masks if len(masks) > 1 else next(iter(masks), None)
         entry = [record.key, record.label, record.defect_type, record.split, _file_digest(record.image), mask]
         # One JSON array a line: no two different records have the same bytes.
         digest.update(json.dumps(entry).encode() + b"\n")

@@ -11,7 +11,7 @@ from pushpull_jax.config import Source
 from pushpull_jax.data.class_folders import class_names, read_class_folders
 from pushpull_jax.data.folders import existing_folder
 from pushpull_jax.data.manifest import Record, Stored, is_image_name, listed
-from pushpull_jax.data.mvtec_ad import MVTEC_AD_CATEGORIES, categories, read_mvtec_ad
+from pushpull_jax.data.mvtec_ad import MVTEC_AD_CATEGORIES, read_mvtec_ad
 from pushpull_jax.data.prepared import (
     CIFAR10_CLASSES,
     labelled_images,
@@ -19,6 +19,7 @@ from pushpull_jax.data.prepared import (
     read_prepared_mvtec_ad,
     read_prepared_visa,
 )
+from pushpull_jax.data.split_folders import categories
 from pushpull_jax.data.visa import VISA_CATEGORIES, Protocol, read_visa, visa_categories
 from pushpull_jax.errors import InputError
 

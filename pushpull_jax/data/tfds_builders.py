@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pushpull_jax.data.manifest import Record
-from pushpull_jax.data.mvtec_ad import MVTEC_AD_ARCHIVE, MVTEC_AD_CATEGORIES, categories, read_mvtec_ad
+from pushpull_jax.data.mvtec_ad import MVTEC_AD_ARCHIVE, MVTEC_AD_CATEGORIES, read_mvtec_ad
+from pushpull_jax.data.split_folders import categories
 from pushpull_jax.data.visa import VISA_ARCHIVES, read_visa, visa_categories
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pushpull_jax.data.folders import Faults, existing_folder, report_faults
+from pushpull_jax.data.folders import Fault, Faults, existing_folder, settle
 from pushpull_jax.data.manifest import Record, missing_category
 from pushpull_jax.errors import InputError
 
@@ -41,55 +41,63 @@ def visa_categories(root: str | os.PathLike, protocol: Protocol) -> tuple[str, .
     return tuple(sorted({row["object"] for row in _rows(_table(existing_folder(root), protocol), _COLUMNS)}))
 
 
-def read_visa(root: str | os.PathLike, category: str, *, protocol: Protocol) -> tuple[Record, ...]:
+def read_visa(
+    root: str | os.PathLike, category: str, *, protocol: Protocol, faults: Faults | None = None
+) -> tuple[Record, ...]:
     """Read the manifest of one category.
 
     Args:
         root: the folder that holds split_csv and the categories; keys are relative to it.
         category: name of a category.
         protocol: which of the official tables.
+        faults: receives what is wrong in place of an error; the records are then those of files that exist.
 
     Returns:
         Its records sorted by key. The type of a defect is that of image_anno.csv, "combined" where that names several,
         "anomaly" where there is no such file.
 
     Raises:
-        InputError: root, table or category does not exist, a row of the table is none, or files are missing. All
-            faults of a category are listed.
+        InputError: root, table or category does not exist, or a row of the table is none; without `faults` also where
+            files are missing. All faults of a category are listed.
     """
     root = existing_folder(root)
     table = _table(root, protocol)
     rows = [row for row in _rows(table, _COLUMNS) if row["object"] == category]
     if not rows:
         raise missing_category(category, visa_categories(root, protocol), where=str(table))
-    types, faults = _defect_types(root, category), defaultdict(list)
+    types, found = _defect_types(root, category), defaultdict(list)
     records = {}
     for row in rows:
-        _check_row(row, root, faults)
+        missing = _check_row(row, root, found)
         if row["image"] in records:
-            faults["images that stand in the table twice"].append(row["image"])
+            found[Fault("images that stand in the table twice", "table")].append(root / row["image"])
+        if row["image"] in missing:
+            continue
         label = _LABELS.get(row["label"])
         records[row["image"]] = Record(
             row["image"],
             str(root / row["image"]),
-            str(root / row["mask"]) if row["mask"] else None,
+            str(root / row["mask"]) if row["mask"] and row["mask"] not in missing else None,
             label,
             types.get(row["image"], "anomaly") if label else "good",
-            row["split"],
+            "test" if row["split"] == "test" else "train",
             category=category,
         )
-    report_faults(faults, what=f"category {category} of {table}", base=root)
+    settle(found, faults, what=f"category {category} of {table}", base=root)
     return tuple(records[key] for key in sorted(records))
 
 
-def _check_row(row: dict[str, str], root: Path, faults: Faults) -> None:
+def _check_row(row: dict[str, str], root: Path, faults: Faults) -> list[str]:
+    """Those of its files that do not exist."""
     if row["split"] not in ("train", "test") or row["label"] not in _LABELS:
-        faults["rows without a split (train, test) or a label (normal, anomaly)"].append(",".join(row.values()))
+        message = "rows without a split (train, test) or a label (normal, anomaly)"
+        faults[Fault(message, "table")].append(",".join(row.values()))
     if row["label"] == "anomaly" and not row["mask"]:
-        faults["anomalies without a mask"].append(row["image"])
-    for name in (row["image"], row["mask"]):
-        if name and not (root / name).is_file():
-            faults["files that the table names, but that do not exist"].append(name)
+        faults[Fault("anomalies without a mask", "image_without_mask")].append(root / row["image"])
+    missing = [name for name in (row["image"], row["mask"]) if name and not (root / name).is_file()]
+    message = "files that the table names, but that do not exist"
+    faults[Fault(message, "missing_file")] += [root / name for name in missing]
+    return missing
 
 
 def _defect_types(root: Path, category: str) -> dict[str, str]:
