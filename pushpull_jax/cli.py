@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 
 from pushpull_jax.config import (
+    FILE_SOURCES,
     Ablation,
     Config,
     check,
@@ -233,8 +234,7 @@ def _enable_compilation_cache() -> None:
 
 def _check_data(config: Config, message: str) -> None:
     """Raise where a config does not say which data it is for."""
-    is_folder = config.data.source in ("mvtec_ad", "classes")
-    for name in ("root", "category") if is_folder else ("category",):
+    for name in ("root", "category") if config.data.source in FILE_SOURCES else ("category",):
         if not getattr(config.data, name):
             raise _UsageError(message.format(name))
 

@@ -19,7 +19,12 @@ from typing import Any, Literal
 
 from pushpull_jax.errors import InputError
 
-Source = Literal["mvtec_ad", "classes", "cifar10", "tfds_mvtec_ad", "visa", "visa_2cls_fewshot", "visa_2cls_highshot"]
+Source = Literal[
+    "mvtec_ad", "mvtec_loco", "btad", "kolektor_sdd", "good_bad", "manifest", "classes", "cifar10", "tfds_mvtec_ad",
+    "visa", "visa_2cls_fewshot", "visa_2cls_highshot",
+]  # fmt: skip
+# Sources that are nothing but files of the user's: they need a root, and hold no prepared data.
+FILE_SOURCES = ("mvtec_ad", "mvtec_loco", "btad", "kolektor_sdd", "good_bad", "manifest", "classes")
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,12 @@ class Data:
 
     source: Source = "mvtec_ad"
     """What root holds: folders in the MVTec-AD layout, ROOT/CATEGORY/{train/good, test/good, test/DEFECT,
-    ground_truth/DEFECT}; classes, ROOT/{train,test}/CLASS, one of them normal; or, through tensorflow-datasets,
-    CIFAR-10, MVTec-AD, or VisA in one of its three official splits, where root is the folder of prepared data."""
+    ground_truth/DEFECT}; those of MVTec LOCO, BTAD or KolektorSDD; good_bad, ROOT/CATEGORY/{good, bad, masks}; classes,
+    ROOT/{train,test}/CLASS, one of them normal; a manifest, root being a CSV or JSON-lines table; or, through
+    tensorflow-datasets, CIFAR-10, MVTec-AD, or VisA in one of its three official splits, where root is the folder of
+    prepared data (docs/data.md). `pushpull inspect ROOT` tells which it is."""
     root: str = ""
-    """Folder of the data; see source. Empty, through tensorflow-datasets: where that keeps its data."""
+    """Folder of the data, or the manifest; see source. Empty, through tensorflow-datasets: where that keeps its own."""
     category: str = ""
     """Category to train on, or the normal class; "all": one model for all categories."""
     image_size: int = 256

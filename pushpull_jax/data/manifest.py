@@ -108,7 +108,7 @@ def hold_out(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[
     return _parted(normal, held=set(order[: max(count, 0)]))
 
 
-def tested_share(keys: Iterable[str]) -> frozenset[str]:
+def share_for_test(keys: Iterable[str]) -> frozenset[str]:
     """The normal images that are tested where a data set has no split: a fifth, those of the least SHA-256 of the key.
 
     It depends on the keys alone, and images that are added move few others. All anomalies are tested; a fifth leaves

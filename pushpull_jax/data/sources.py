@@ -8,10 +8,15 @@ import warnings
 from pathlib import Path
 
 from pushpull_jax.config import Source
+from pushpull_jax.data.btad import read_btad
 from pushpull_jax.data.class_folders import class_names, read_class_folders
-from pushpull_jax.data.folders import existing_folder
+from pushpull_jax.data.folders import Faults, existing_folder
+from pushpull_jax.data.good_bad import good_bad_categories, read_good_bad
+from pushpull_jax.data.kolektor_sdd import KOLEKTOR_SDD, commutators, read_kolektor_sdd
 from pushpull_jax.data.manifest import Record, Stored, is_image_name, listed
+from pushpull_jax.data.manifest_table import read_table, table_categories
 from pushpull_jax.data.mvtec_ad import MVTEC_AD_CATEGORIES, read_mvtec_ad
+from pushpull_jax.data.mvtec_loco import read_mvtec_loco
 from pushpull_jax.data.prepared import (
     CIFAR10_CLASSES,
     labelled_images,
@@ -23,6 +28,7 @@ from pushpull_jax.data.split_folders import categories
 from pushpull_jax.data.visa import VISA_CATEGORIES, Protocol, read_visa, visa_categories
 from pushpull_jax.errors import InputError
 
+_ONE_CLASS = ("classes", "cifar10")
 _PROTOCOLS: dict[Source, Protocol] = {
     "visa": "1cls",
     "visa_2cls_fewshot": "2cls_fewshot",
@@ -30,30 +36,32 @@ _PROTOCOLS: dict[Source, Protocol] = {
 }
 
 
-def read_records(source: Source, root: str, category: str) -> tuple[Record, ...]:
+def read_records(source: Source, root: str, category: str, *, faults: Faults | None = None) -> tuple[Record, ...]:
     """Read the manifest of a category.
 
     Args:
-        source: "mvtec_ad" and "classes" are folders, see `read_mvtec_ad` and `read_class_folders`; "cifar10" and
-            "tfds_mvtec_ad" are prepared by tensorflow-datasets; the three of VisA are prepared too, unless root is
-            the extracted archive, which holds a folder split_csv.
-        root: folder of the data; for what is prepared, the data folder of tensorflow-datasets, empty for its own.
+        source: the three of VisA, "cifar10" and "tfds_mvtec_ad" are prepared by tensorflow-datasets, VisA unless root
+            is the extracted archive, which holds a folder split_csv; the others are folders, and "manifest" a table:
+            see the modules of the layouts.
+        root: folder of the data, or the table; for what is prepared, the data folder of tensorflow-datasets, empty
+            for its own.
         category: name of a category or of the normal class; "all": the records of all categories.
+        faults: receives what is wrong with the files of a folder or a table in place of an error.
 
     Returns:
         Its records sorted by key.
 
     Raises:
         InputError: the data are not there or cannot be made, have no such category, or "all" is asked of the one-class
-            protocol, where the category says what is normal.
+            protocol, where the category says what is normal; without `faults` also where files are wrong.
     """
-    if source in ("classes", "cifar10"):
-        if category == "all":
-            raise InputError(
-                f'category "all" is none of {source}, where the category is the class that is normal: '
-                f"{listed(category_names(source, root))}"
-            )
-        return read_class_folders(root, category) if source == "classes" else read_cifar10(root, category)
+    if source in _ONE_CLASS and category == "all":
+        raise InputError(
+            f'category "all" is none of {source}, where the category is the class that is normal: '
+            f"{listed(category_names(source, root))}"
+        )
+    if source == "cifar10":
+        return read_cifar10(root, category)
     if source == "tfds_mvtec_ad":
         return read_prepared_mvtec_ad(root, category)
     if source in _PROTOCOLS and not is_extracted_visa(root):
@@ -61,18 +69,25 @@ def read_records(source: Source, root: str, category: str) -> tuple[Record, ...]
     names = category_names(source, root) if category == "all" else (category,)
     if not names:
         raise InputError(f"{existing_folder(root)} holds no category")
-    return tuple(sorted((r for name in names for r in _read_folder(source, root, name)), key=lambda record: record.key))
+    records = [record for name in names for record in _read_folder(source, root, name, faults)]
+    return tuple(sorted(records, key=lambda record: record.key))
 
 
 def category_names(source: Source, root: str) -> tuple[str, ...]:
     """Names of the categories of a source: those in its folders, or all that the data set has.
 
     Raises:
-        InputError: the folder does not exist.
+        InputError: the folder or the table does not exist.
     """
     match source:
-        case "mvtec_ad":
+        case "mvtec_ad" | "mvtec_loco" | "btad":
             return categories(root)
+        case "kolektor_sdd":
+            return (KOLEKTOR_SDD,) if commutators(root) else ()
+        case "good_bad":
+            return good_bad_categories(root)
+        case "manifest":
+            return table_categories(root)
         case "classes":
             return class_names(root)
         case "cifar10":
@@ -116,10 +131,24 @@ def read_irrelevant(source: str, *, count: int, seed: int, root: str = "") -> tu
     )
 
 
-def _read_folder(source: Source, root: str, category: str) -> tuple[Record, ...]:
-    if source == "mvtec_ad":
-        return read_mvtec_ad(root, category)
-    return read_visa(root, category, protocol=_PROTOCOLS[source])
+def _read_folder(source: Source, root: str, category: str, faults: Faults | None) -> tuple[Record, ...]:
+    match source:
+        case "mvtec_ad":
+            return read_mvtec_ad(root, category, faults=faults)
+        case "mvtec_loco":
+            return read_mvtec_loco(root, category, faults=faults)
+        case "btad":
+            return read_btad(root, category, faults=faults)
+        case "kolektor_sdd":
+            return read_kolektor_sdd(root, category, faults=faults)
+        case "good_bad":
+            return read_good_bad(root, category, faults=faults)
+        case "manifest":
+            return read_table(root, category, faults=faults)
+        case "classes":
+            return read_class_folders(root, category, faults=faults)
+        case _:
+            return read_visa(root, category, protocol=_PROTOCOLS[source], faults=faults)
 
 
 def is_extracted_visa(root: str) -> bool:
