@@ -6,6 +6,7 @@ mend is one message and exit code 1; a usage error is exit code 2, as argparse a
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from pushpull_jax.config import (
     FILE_SOURCES,
     Ablation,
     Config,
+    Source,
     check,
     flatten,
     load_ablation,
@@ -44,6 +46,7 @@ commands:
   export DIR --output OUT [--verify IMAGES]        one folder that runs elsewhere, without this package
   ablate CONFIG --workdir DIR [--vary FIELD=A,B]   a grid of runs, trained together, in one table
   serve DIR [--port N]                             score images that are sent by HTTP; a page to drop them on
+  inspect ROOT [--json] [--html FILE]              what is in a data set, and what is wrong with it
   demo [--workdir DIR]                             the whole job on drawn images, in minutes
 
 CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adtr, ... (a misspelt one lists them all).
@@ -158,6 +161,22 @@ class Serve:
     """Largest image."""
     max_waiting: int = 64
     """Images at a time; a client that comes then is answered 503."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Look at a data set before training: what it holds, and what is wrong with it; exit code 1 where errors are."""
+
+    root: tyro.conf.Positional[Path]
+    """Folder of the data, of one category, or a table (.csv, .jsonl)."""
+    source: Source | None = None
+    """Its layout, as data.source has it; by default it is told by the names of folders, where only one fits."""
+    category: str | None = None
+    """One category of it, or the normal class of a folder of classes; by default all."""
+    json: bool = False
+    """Print one JSON document in place of the table."""
+    html: Path | None = None
+    """File for a contact sheet: counts, problems, and pictures of each kind of image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +393,22 @@ def serve(arguments: list[str]) -> None:
         run(detector, listening, token=token, limits=limits)
 
 
+def inspect(arguments: list[str]) -> None:
+    chosen = _parse(Inspect, arguments)
+
+    from pushpull_jax.inspection import inspect
+    from pushpull_jax.inspection_table import as_values, text_table
+
+    inspection = inspect(chosen.root, source=chosen.source, category=chosen.category)
+    print(json.dumps(as_values(inspection), indent=2) if chosen.json else text_table(inspection))
+    if chosen.html is not None:
+        from pushpull_jax.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(chosen.html, inspection)
+        print(f"contact sheet: {chosen.html}", file=sys.stderr)
+    sys.exit(1 if inspection.errors else 0)
+
+
 def demo(arguments: list[str]) -> None:
     chosen = _parse(Demo, arguments)
 
@@ -391,6 +426,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "ablate": ablate,
     "serve": serve,
+    "inspect": inspect,
     "demo": demo,
 }
 
