@@ -208,6 +208,8 @@ class Log:
 
     every: int = 10
     """Steps between lines of metrics.jsonl; divides the steps between checkpoints."""
+    profile: int = 0
+    """Steps of a training that JAX's profiler traces into the run's folder, after compilation; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -541,7 +543,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.steps", "training.warmup_steps",
     "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "hosts.processes",
-    "seed",
+    "log.profile", "seed",
 )  # fmt: skip
 
 

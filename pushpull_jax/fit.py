@@ -25,6 +25,7 @@ from pushpull_jax.hosts import agreed, is_first
 from pushpull_jax.mesh import device_mesh, on_one_device, replicate
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.preemption import Preempted, sigterm_noted
+from pushpull_jax.profiling import Profile
 from pushpull_jax.progress import progress_bar
 from pushpull_jax.steps import (
     METRICS,
@@ -91,7 +92,8 @@ def fit(
     """
     steps, size = config.training.steps, config.log.every
     saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep)
-    with sigterm_noted() as notice, saved as checkpoints:
+    profile = Profile(folder / files.PROFILE, steps=config.log.profile)
+    with sigterm_noted() as notice, saved as checkpoints, profile:
         state = first_state(config, program.network, examples["features"][pools[0].examples], start)
         if checkpoints.latest is not None:
             state = checkpoints.restore(state)
@@ -120,6 +122,7 @@ def fit(
                     checkpoints.save(state)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
                 bar.update(last - step)
+                profile.chunk_done(last - step, is_last=last == steps)
                 step = last
                 if is_told:
                     break

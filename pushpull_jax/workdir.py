@@ -7,6 +7,7 @@ metrics.jsonl         a line a logging step
 residuals.safetensors what is usual of the residuals on normal images, where the score is in units of it
 threshold.json        the thresholds, and the held-out scores that they were fitted on
 metrics.json, predictions.csv, report.html            the evaluation
+profile/              traces of a few steps, where log.profile asks for them
 """
 
 import importlib.metadata
@@ -24,7 +25,7 @@ from pushpull_jax.config import HOW_IT_RUNS, Config, check, flatten, from_dict, 
 from pushpull_jax.errors import InputError
 
 CONFIG, BACKBONE, CHECKPOINTS, LOG = "config.json", "backbone.safetensors", "checkpoints", "metrics.jsonl"
-RESIDUALS = "residuals.safetensors"
+RESIDUALS, PROFILE = "residuals.safetensors", "profile"
 THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "predictions.csv", "report.html"
 
 # What the numbers of a run depend on.
