@@ -210,6 +210,8 @@ class Log:
     """Steps between lines of metrics.jsonl; divides the steps between checkpoints."""
     profile: int = 0
     """Steps of a training that JAX's profiler traces into the run's folder, after compilation; 0: none."""
+    tensorboard: bool = False
+    """Write the training's scalars, the final metrics and pictures of test images for TensorBoard too."""
 
 
 @dataclass(frozen=True)

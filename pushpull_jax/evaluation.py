@@ -22,6 +22,7 @@ from pushpull_jax.data.images import read_image, resize_image
 from pushpull_jax.detector import Detector, load
 from pushpull_jax.scored import Pixels, Scored, score
 from pushpull_jax.streaming_metrics import PixelHistogram
+from pushpull_jax.tensorboard import EventFile, side_by_side
 
 FPR_LIMIT = 0.3
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
@@ -56,7 +57,10 @@ def evaluate(
         "left_out": left_out,
     }
     files.write_text(folder / files.PREDICTIONS, _predictions(scored, detector.threshold))
-    _write_report(folder, config, run, scored, detector, result)
+    contents = _contents(folder, config, run, scored, detector, result)
+    report.write_report(folder / files.REPORT, contents)
+    if config.log.tensorboard:
+        _show(folder / files.TENSORBOARD / "test", contents, step=config.training.steps)
     files.write_json(folder / files.METRICS, result)  # last, so that it stands for all three
     return result
 
@@ -118,12 +122,22 @@ def _predictions(scored: Scored, threshold: float) -> str:
     return text.getvalue()
 
 
-def _write_report(
+def _show(folder: Path, contents: report.Report, *, step: int) -> None:
+    """Metrics and cases of the report, for TensorBoard."""
+    with EventFile(folder) as events:
+        events.add_scalars(step, contents.metrics)
+        for case in contents.cases:
+            picture = side_by_side(case.image, case.mask, case.map, threshold=contents.map_threshold)
+            events.add_picture(step, case.key, picture)
+
+
+def _contents(
     folder: Path, config: Config, run: dict[str, Any], scored: Scored, detector: Detector, result: dict[str, Any]
-) -> None:
+) -> report.Report:
+    """What the report shows."""
     threshold = files.read_json(folder / files.THRESHOLD)
     pixels = scored.pixels
-    contents = report.Report(
+    return report.Report(
         title=f"{config.data.category} · {folder.name}",
         metrics={name: result[name] for name in METRICS},
         threshold=detector.threshold,
@@ -141,7 +155,6 @@ def _write_report(
         config=to_dict(config),
         details=_details(run, result),
     )
-    report.write_report(folder / files.REPORT, contents)
 
 
 def _case(scored: Scored, i: int, config: Config) -> report.Case:

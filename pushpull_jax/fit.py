@@ -38,6 +38,7 @@ from pushpull_jax.steps import (
     mixed_batch_indices,
     training_apply,
 )
+from pushpull_jax.tensorboard import training_scalars
 from pushpull_jax.whitening import Moments, fit_whitening, moments
 
 
@@ -102,10 +103,13 @@ def fit(
             checkpoints.save(state)
         state, examples = replicate(state, program.mesh), replicate(examples, program.mesh)
         step, log = int(state.step.addressable_data(0)), folder / files.LOG
+        rows = [row for row in files.read_lines(log) if row["step"] <= step]
         with agreed():
             if is_first():
-                files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
-        with progress_bar(desc="training", total=steps, initial=step, unit="step") as bar:
+                files.write_lines(log, rows)
+        is_shown = config.log.tensorboard and is_first()
+        scalars = training_scalars(folder / files.TENSORBOARD / "train", rows, is_wanted=is_shown)
+        with progress_bar(desc="training", total=steps, initial=step, unit="step") as bar, scalars as show:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
@@ -116,6 +120,7 @@ def fit(
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
                 if is_first():
                     files.append_line(log, row)
+                show(row)
                 checkpoints.check()
                 is_told = notice.is_due()  # asked once, since it may come at any moment
                 if last % config.checkpoint.every == 0 or last == steps or is_told:

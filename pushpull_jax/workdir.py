@@ -8,6 +8,7 @@ residuals.safetensors what is usual of the residuals on normal images, where the
 threshold.json        the thresholds, and the held-out scores that they were fitted on
 metrics.json, predictions.csv, report.html            the evaluation
 profile/              traces of a few steps, where log.profile asks for them
+tensorboard/          train and test, where log.tensorboard asks for them
 """
 
 import importlib.metadata
@@ -25,7 +26,7 @@ from pushpull_jax.config import HOW_IT_RUNS, Config, check, flatten, from_dict, 
 from pushpull_jax.errors import InputError
 
 CONFIG, BACKBONE, CHECKPOINTS, LOG = "config.json", "backbone.safetensors", "checkpoints", "metrics.jsonl"
-RESIDUALS, PROFILE = "residuals.safetensors", "profile"
+RESIDUALS, PROFILE, TENSORBOARD = "residuals.safetensors", "profile", "tensorboard"
 THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "predictions.csv", "report.html"
 
 # What the numbers of a run depend on.

@@ -18,7 +18,7 @@ LAYERS = (
     "ablation", "ablation_report", "training", "start", "evaluation", "scored", "recalibration", "prediction",
     "prediction_output", "tiling", "report", "contact_sheet", "inspection_table", "inspection", "data.layouts",
     "data.near_duplicates", "examples", "grid", "fit", "objectives", "detector", "feature_bank", "checkpoint",
-    "hosts", "preemption", "steps", "features", "data.supervision", "data.sources", "data.prepared",
+    "hosts", "preemption", "steps", "features", "tensorboard", "data.supervision", "data.sources", "data.prepared",
     "data.tfds_builders", "data.pipeline", "data.kolektor_sdd", "data.images", "data.visa", "data.btad",
     "data.mvtec_loco", "data.mvtec_ad", "data.split_folders", "data.good_bad", "data.manifest_table",
     "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights",
