@@ -27,6 +27,7 @@ from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
 from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.profiling import Profile
 from pushpull_jax.progress import progress_bar
+from pushpull_jax.resources import saying_memory
 from pushpull_jax.steps import (
     METRICS,
     Batch,
@@ -58,7 +59,7 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     optimizer, rate = build_optimizer(config)
     apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter, precision=network.matmul_precision)
     mesh = device_mesh(data=config.mesh.data)
-    chunk = make_chunk(make_step(loss_fn, apply_fn, optimizer), mesh=mesh)
+    chunk = saying_memory(make_chunk(make_step(loss_fn, apply_fn, optimizer), mesh=mesh), what="a chunk of steps")
 
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):

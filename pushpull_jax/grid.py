@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from pushpull_jax.detector import Network, detect_features
 from pushpull_jax.features import Standardisation
 from pushpull_jax.objectives import push_pull, squared
+from pushpull_jax.resources import needed_memory
 from pushpull_jax.steps import (
     Batch,
     LossFunction,
@@ -174,7 +175,7 @@ def compile_in_blocks(
     while True:
         mapped = jax.jit(over_members(function, mesh, block=block), donate_argnums=0 if donate else ())
         compiled = mapped.lower(members, shared).compile()
-        need = _needed(compiled)
+        need = needed_memory(compiled)
         # Temporary memory grows with the block; what is passed in and out does not.
         fitting = largest_block(each, max(1, int(block * budget / need)) if need > budget else block)
         if fitting >= block:
@@ -187,12 +188,6 @@ def compile_in_blocks(
 def largest_block(each: int, most: int) -> int:
     """The largest divisor of the members a device has that is at most `most`."""
     return next(block for block in range(min(each, most), 0, -1) if each % block == 0)
-
-
-def _needed(compiled: Any) -> int:
-    """Bytes that a compiled program needs on a device besides its arguments."""
-    analysis = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def _free_memory(device: jax.Device) -> tuple[float, str]:

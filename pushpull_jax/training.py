@@ -28,9 +28,10 @@ from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
 from pushpull_jax.feature_bank import FeatureBank
 from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
-from pushpull_jax.mesh import computed_on
+from pushpull_jax.mesh import computed_on, device_mesh
 from pushpull_jax.objectives import configured_loss
 from pushpull_jax.progress import say
+from pushpull_jax.resources import devices_line
 from pushpull_jax.start import check_start, read_start
 from pushpull_jax.steps import LossFunction
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
@@ -93,6 +94,7 @@ def _trained(
             _write_anew(folder, config)
             say(f"{folder} is finished")
             return records
+    say(devices_line(device_mesh(data=config.mesh.data)))
     start = read_start(config, reconstructor) if config.training.start else None
     if resumed:
         _, network = read_network(folder, reconstructor=reconstructor)
