@@ -305,7 +305,8 @@ def _train(
     config = members[0].config
     steps, size, count = config.training.steps, config.log.every, len(settings.seed)
     log = folder / files.LOG
-    with sigterm_noted() as notice, Checkpoints(folder / files.CHECKPOINTS, keep=1) as checkpoints:
+    saved = Checkpoints(folder / files.CHECKPOINTS, keep=1, minutes=config.checkpoint.minutes)
+    with sigterm_noted() as notice, saved as checkpoints:
         step = checkpoints.latest or 0
         try:
             states = _spread(checkpoints.restore(states, step=step), mesh) if step else states
@@ -324,7 +325,7 @@ def _train(
                 files.append_line(log, {"step": last, "loss": losses.tolist()})
                 checkpoints.check()
                 told_to_stop = notice.is_due()
-                if last % config.checkpoint.every == 0 or last == steps or told_to_stop:
+                if last % config.checkpoint.every == 0 or last == steps or told_to_stop or checkpoints.is_due():
                     checkpoints.save(states, step=last)
                 if told_to_stop:
                     raise Preempted(f"{folder}: told to stop; the states of step {last} are saved")

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.experimental import multihost_utils
 
 from pushpull_jax.errors import InputError
 from pushpull_jax.progress import say
@@ -33,7 +35,7 @@ class Checkpoints:
     Of several processes all save, and one writes, since all have the same state.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None = None, create: bool = True):
+    def __init__(self, folder: Path, *, keep: int | None = None, minutes: float = 0.0, create: bool = True):
         # What a killed process was writing goes; whoever only reads (create=False) leaves it, it may be in the making.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create)
         if not create:  # each process reads for itself, and waits for no other
@@ -43,6 +45,7 @@ class Checkpoints:
         # orbax refuses relative paths, and leaves debris when it does.
         self._manager = _Manager(folder.resolve(), options=options)
         self._folder, self._stack = folder, contextlib.ExitStack()
+        self._seconds, self._saved_at = 60 * minutes, time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
         self._stack.enter_context(_failing_quietly())
@@ -66,6 +69,15 @@ class Checkpoints:
         """Step of the newest checkpoint; None where there is none."""
         return self._manager.latest_step()
 
+    def is_due(self) -> bool:
+        """Whether `minutes` have passed since the last save; of several processes that of the first, asked by all."""
+        if not self._seconds:
+            return False
+        is_due = time.monotonic() - self._saved_at >= self._seconds
+        if jax.process_count() > 1:
+            is_due = bool(multihost_utils.broadcast_one_to_all(np.bool_(is_due)))
+        return is_due
+
     def save(self, state: State, *, step: int | None = None) -> None:
         """Start writing a state; it is copied first, for the next step takes its memory.
 
@@ -78,6 +90,7 @@ class Checkpoints:
         """
         copied = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
         tree = copied._asdict() | {_DIGEST: _digest(copied)}
+        self._saved_at = time.monotonic()
         with _writing(self._folder):
             self._manager.save(int(copied.step) if step is None else step, args=ocp.args.StandardSave(tree))
 

@@ -220,6 +220,8 @@ class Checkpoint:
 
     every: int = 100
     """Steps between checkpoints; the last step is always saved."""
+    minutes: float = 0.0
+    """A checkpoint is saved at the next logging step too when so many minutes have passed without one; 0: never."""
     keep: int = 2
     """Checkpoints that are kept, the newest."""
 
@@ -545,7 +547,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.steps", "training.warmup_steps",
     "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "hosts.processes",
-    "log.profile", "seed",
+    "log.profile", "checkpoint.minutes", "seed",
 )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def fit(
         OSError: a checkpoint could not be written; the last good one is kept.
     """
     steps, size = config.training.steps, config.log.every
-    saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep)
+    saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep, minutes=config.checkpoint.minutes)
     profile = Profile(folder / files.PROFILE, steps=config.log.profile)
     with sigterm_noted() as notice, saved as checkpoints, profile:
         state = first_state(config, program.network, examples["features"][pools[0].examples], start)
@@ -124,7 +124,8 @@ def fit(
                 show(row)
                 checkpoints.check()
                 is_told = notice.is_due()  # asked once, since it may come at any moment
-                if last % config.checkpoint.every == 0 or last == steps or is_told:
+                is_time = exchange(checkpoints.is_due())[0]  # by the clock of the first process
+                if last % config.checkpoint.every == 0 or last == steps or is_told or is_time:
                     checkpoints.save(state)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
                 bar.update(last - step)

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -337,3 +338,22 @@ def test_writes_that_succeed_are_not_complained_of(tmp_path):
     hook, filters = sys.unraisablehook, list(logging.getLogger("absl").filters)
     save(tmp_path, state_of(3))
     assert (sys.unraisablehook, logging.getLogger("absl").filters) == (hook, filters)
+
+
+def test_a_checkpoint_is_due_when_its_minutes_have_passed_since_the_last(tmp_path, monkeypatch):
+    clock = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr("pushpull_jax.checkpoint.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    with Checkpoints(tmp_path, minutes=2.0) as checkpoints:
+        clock.seconds += 119.0
+        assert not checkpoints.is_due()
+        clock.seconds += 1.0
+        assert checkpoints.is_due()
+        checkpoints.save(state_of(1))
+        assert not checkpoints.is_due()
+        clock.seconds += 120.0
+        assert checkpoints.is_due()
+
+
+def test_without_minutes_none_is_due(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.is_due()
