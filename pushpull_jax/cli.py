@@ -31,7 +31,7 @@ from pushpull_jax.config import (
     varied,
 )
 from pushpull_jax.errors import InputError
-from pushpull_jax.preemption import EXIT_CODE, Preempted
+from pushpull_jax.preemption import EXIT_CODE, Preempted, sigterm_raised
 
 USAGE = """\
 usage: pushpull COMMAND ...
@@ -457,7 +457,8 @@ def main() -> None:
     try:
         if arguments[0] not in COMMANDS:
             raise _UsageError(f"pushpull: no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}\n\n{USAGE}")
-        COMMANDS[arguments[0]](arguments[1:])
+        with sigterm_raised():
+            COMMANDS[arguments[0]](arguments[1:])
     except _UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

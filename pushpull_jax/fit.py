@@ -124,8 +124,7 @@ def fit(
                 show(row)
                 checkpoints.check()
                 is_told = notice.is_due()  # asked once, since it may come at any moment
-                is_time = exchange(checkpoints.is_due())[0]  # by the clock of the first process
-                if last % config.checkpoint.every == 0 or last == steps or is_told or is_time:
+                if last % config.checkpoint.every == 0 or last == steps or is_told or checkpoints.is_due():
                     checkpoints.save(state)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
                 bar.update(last - step)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from pushpull_jax import cli, feature_bank
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import load_config
 from pushpull_jax.data.demo import write_demo
@@ -154,6 +155,39 @@ def test_a_run_through_every_fault(config_file, uninterrupted, tmp_path):
 
     code, stderr = ended(start(config_file, workdir, *rarely))
     assert code == 0, stderr
+    assert_nothing_lost(workdir, uninterrupted)
+
+
+def test_a_run_that_is_told_to_stop_outside_of_its_training(config_file, uninterrupted, tmp_path, monkeypatch, capsys):
+    """While features are extracted, and as the threshold and the report get their names."""
+    workdir = tmp_path / "run"
+    command = ("pushpull", "train", str(config_file), "--workdir", str(workdir), "--checkpoint.every", str(STEPS))
+    monkeypatch.setattr(sys, "argv", list(command))
+
+    def told(module, name: str, is_time) -> None:
+        """The command, told to stop as it calls a function with some arguments."""
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            if is_time(*arguments):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ending:
+            patch.setattr(module, name, call)
+            cli.main()
+        assert ending.value.code == 75
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1] == "pushpull train: told to stop; the same command goes on from there"
+        assert "Traceback" not in said and not list(tmp_path.rglob("*.part"))
+
+    told(feature_bank, "extract_all", lambda *_: True)
+    assert not workdir.exists()
+    told(os, "replace", lambda _, to: Path(to).name == "threshold.json")
+    assert logged(workdir) == STEPS // LOG_EVERY and not (workdir / "threshold.json").exists()
+    told(os, "replace", lambda _, to: Path(to).name == "report.html")
+    assert (workdir / "threshold.json").exists() and not (workdir / "report.html").exists()
+    cli.main()
     assert_nothing_lost(workdir, uninterrupted)
 
 

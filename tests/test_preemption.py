@@ -1,4 +1,4 @@
-"""SIGTERM is noted instead of ending the process, where that is asked for; test_faults.py sends one to a training."""
+"""SIGTERM is noted or raised, where that is asked for, instead of ending the process; test_faults.py has whole runs."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pushpull_jax.preemption import EXIT_CODE, sigterm_noted
+from pushpull_jax.preemption import EXIT_CODE, Preempted, sigterm_noted, sigterm_raised
 
 
 def test_sigterm_is_noted():
@@ -38,11 +38,27 @@ def test_each_has_a_notice_of_its_own():
         assert not notice.came
 
 
+def test_sigterm_is_raised_once_and_not_where_it_is_noted():
+    ended = []
+    with pytest.raises(Preempted, match="told to stop"), sigterm_raised():
+        with sigterm_noted() as notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.came
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:  # as of a library that expects failures
+            pytest.fail("it was taken for a failure")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(1)
+    assert ended
+
+
 def test_outside_of_the_main_thread_nothing_is_changed():
     handlers, noticed = [], []
 
     def run():
-        with sigterm_noted() as notice:
+        with sigterm_raised(), sigterm_noted() as notice:
             handlers.append(signal.getsignal(signal.SIGTERM))
             noticed.append(notice.came)
 
