@@ -55,20 +55,20 @@ def process_count(hosts: settings.Hosts) -> int:
         found = (one for one in ClusterEnv._cluster_types if not one.opt_in_only_method and one.is_env_present())
         cluster = next(found, None)
         return 1 if cluster is None else cluster.get_process_count()
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"hosts.processes: the environment does not tell how many: {error}; give it") from error
+    except Exception as error:  # whatever the interface of a cluster raises
+        raise InputError(f"hosts.processes: the environment does not tell how many: {error!r}; give it") from error
 
 
 @contextlib.contextmanager
 def connected(hosts: settings.Hosts) -> Iterator[None]:
-    """While it lasts this process is connected to the others; where there are none, nothing is done.
+    """While it lasts this process is connected to the others; nothing is done where there are none, or it is already.
 
     To be entered before anything is computed, once. It is left when all processes have left it.
 
     Raises:
         InputError: the processes do not find each other.
     """
-    if process_count(hosts) == 1:
+    if jax.distributed.is_initialized() or process_count(hosts) == 1:
         yield
         return
     _connect(hosts)
@@ -136,7 +136,8 @@ def exchange(value: Any = None, *, error: str = "") -> list[Any]:
 def _exchanged(text: str) -> list[str]:
     """The texts of all processes, by way of the service that connects them.
 
-    A collective operation of devices would not wait for a process that has more to read: 30 s on CPUs.
+    A collective operation of devices would not wait for a process that has more to read: on CPUs the first one gives
+    up after 30 s.
     """
     from jax._src.distributed import global_state  # JAX has no public name for its key-value store
 

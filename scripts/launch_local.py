@@ -90,6 +90,8 @@ def main() -> NoReturn:
     parser.add_argument("command", nargs="+", help="-- pushpull train ...")
     chosen = parser.parse_args()
     processes = started(chosen.command, processes=chosen.processes, devices=chosen.devices)
+    for rank, process in enumerate(processes):
+        print(f"launch_local: rank {rank} is process {process.pid}", file=sys.stderr, flush=True)
 
     def forward(number: int, _: object) -> None:
         for process in processes:

@@ -63,6 +63,11 @@ class Dropout(nn.Dropout):
         return _drop(x, seeds, self.rate)
 
 
+def _at_least_float32(dtype: Any) -> Any:
+    """What is summed in; float64 for the tests that compare to the last digits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Attention(nn.Module):
     """Multi-head attention [B,T,D] x [B,S,D] -> [B,T,D], heads moved in front of tokens (the fast order on CPU)."""
 
@@ -83,7 +88,7 @@ class Attention(nn.Module):
         k = heads_first(key, nn.Dense(width, kernel_init=lambda *_: same, dtype=self.dtype, name="key"))
         v = heads_first(value, nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="value"))
         logits = jnp.einsum("bntd,bnsd->bnts", q, k) / (width // self.heads) ** 0.5
-        weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        weights = nn.softmax(logits.astype(_at_least_float32(self.dtype))).astype(self.dtype)
         weights = Dropout(self.dropout, deterministic=not train)(weights)
         out = jnp.einsum("bnts,bnsd->bntd", weights, v).transpose(0, 2, 1, 3).reshape(query.shape)
         return nn.Dense(width, kernel_init=_xavier, dtype=self.dtype, name="out")(out)
@@ -197,7 +202,7 @@ class Reconstructor(nn.Module):
             x = Layer(*settings, name=f"decoder_{i}")(x, positions, memory, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
         # Rounded to bfloat16, a reconstruction of 3.004 would be that of a feature of 3.000, and perfect.
-        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=_at_least_float32(self.dtype))
         project_out = nn.Dense(
             tokens.shape[-1], kernel_init=_xavier, dtype=self.dtype, dot_general=product, name="project_out"
         )
