@@ -80,6 +80,7 @@ def watched(processes: list[subprocess.Popen], again: str) -> int:
     for process in processes:
         if process.poll() is None:
             process.kill()
+            process.wait()
     return 128 - first if first < 0 else first
 
 
