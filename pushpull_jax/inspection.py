@@ -28,7 +28,7 @@ from pushpull_jax.errors import InputError
 from pushpull_jax.progress import progress_bar
 
 # All other kinds of problems are errors: training stops on them, or what it measures is wrong.
-WARNINGS = ("duplicate", "near_leak", "near_duplicate", "ignored")
+WARNINGS = ("near_leak", "duplicate", "near_duplicate", "ignored")
 
 
 class Problem(NamedTuple):
@@ -108,14 +108,12 @@ def inspect(
         for record in read_records(layout.source, str(layout.root), name, faults=faults)
     ]
     base = layout.root.parent if layout.root.is_file() else layout.root
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        examined = pool.map(lambda record: _examine(record, base), records)
-        facts = list(progress_bar(examined, desc="reading", total=len(records), unit="image"))
+    facts = list(progress_bar(_examined(records, base, threads), desc="reading", total=len(records), unit="image"))
     problems = [*_layout_problems(faults, layout, base), *(p for found in facts for p in found.problems)]
     problems += _identical(records, facts)
     problems += _nearly_identical(records, facts)
-    order = {kind: place for place, kind in enumerate(dict.fromkeys(problem.kind for problem in problems))}
-    problems.sort(key=lambda problem: (not problem.is_error, order[problem.kind], problem.file))
+    kinds = [*dict.fromkeys(problem.kind for problem in problems if problem.is_error), *WARNINGS]
+    problems.sort(key=lambda problem: (kinds.index(problem.kind), problem.file))
     return Inspection(layout, tuple(records), tuple(facts), tuple(problems))
 
 
@@ -123,6 +121,13 @@ def relative_to(file: str | os.PathLike, base: Path) -> str:
     """A path relative to the root of the data, or whole where it lies elsewhere."""
     path = Path(file)
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+
+
+def _examined(records: Sequence[Record], base: Path, threads: int | None) -> Iterator[Facts]:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        # Some at a time: whoever interrupts it waits for those that were handed out.
+        for start in range(0, len(records), 256):
+            yield from pool.map(lambda record: _examine(record, base), records[start : start + 256])
 
 
 def _examine(record: Record, base: Path) -> Facts:
@@ -211,10 +216,12 @@ def _nearly_identical(records: Sequence[Record], facts: Sequence[Facts]) -> Iter
         )
         if not chosen:
             continue
+        # Test images come last, so that each is compared with all training images.
+        chosen.sort(key=lambda pair: pair[0].split == "test")
         thumbnails = np.stack([found.thumbnail for _, found in chosen])
-        for first, second, distance in near_duplicates(thumbnails, [min(found.size) for _, found in chosen]):
-            # The test image is named, as it is what is to be moved.
-            mine, other = sorted((chosen[first][0], chosen[second][0]), key=lambda r: (r.split == "test", r.key))[::-1]
+        groups = [record.split == "test" for record, _ in chosen]
+        for pair in near_duplicates(thumbnails, [min(found.size) for _, found in chosen], groups):
+            mine, other = chosen[pair.second][0], chosen[pair.first][0]
             kind = "near_leak" if mine.split != other.split else "near_duplicate"
-            message = f"nearly identical to {other.key} ({distance:.2f} grey levels apart)"
+            message = f"nearly identical to {other.key} ({pair.distance:.2f} grey levels apart)"
             yield Problem(kind, mine.key, message, other.key)

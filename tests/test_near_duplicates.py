@@ -61,6 +61,17 @@ def test_few_images_have_copies_too(parts):
     assert near_duplicates(np.stack([thumbnail(parts[0])]), [256]) == []
 
 
+def test_of_many_copies_the_nearest_in_each_group_is_kept(parts):
+    images = [*parts, brighter(parts[0], 1.01), brighter(parts[0], 1.02)]
+    thumbnails, sides = np.stack(list(map(thumbnail, images))), [256] * len(images)
+    # A gain is taken out, rounding is not: any of 0 and 12 may be the nearer to 13.
+    ((first, second, _), (other, last, _)) = near_duplicates(thumbnails, sides)
+    assert (first, second, last) == (0, 12, 13) and other in (0, 12)
+    groups = [0] * 12 + [1, 1]
+    pairs = [(pair.first, pair.second) for pair in near_duplicates(thumbnails, sides, groups)]
+    assert pairs == [(0, 12), (0, 13), (12, 13)]
+
+
 def test_flat_surfaces_are_no_copies():
     # They differ by half a grey level at 32 x 32, which is all that they have: nearer than LARGEST_DISTANCE.
     rng = np.random.default_rng(0)

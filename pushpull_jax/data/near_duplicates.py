@@ -39,8 +39,8 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return resize_image(image, size=SIDE).astype(np.float16)
 
 
-def near_duplicates(thumbnails: np.ndarray, sides: Sequence[int]) -> list[Pair]:
-    """Find the pairs of images that are copies of one photograph.
+def near_duplicates(thumbnails: np.ndarray, sides: Sequence[int], groups: Sequence[int] | None = None) -> list[Pair]:
+    """Find images that are copies of one photograph: of each image the nearest before it, in each group.
 
     All pairs are compared in thumbnails that are reduced first, where a distance is never larger; what is near there is
     verified at 32 x 32, or at 16 x 16 and 8 x 8 where one of two images has a shorter side below 192 and 96 pixels.
@@ -48,6 +48,8 @@ def near_duplicates(thumbnails: np.ndarray, sides: Sequence[int]) -> list[Pair]:
     Args:
         thumbnails: [N,SIDE,SIDE,3] of `thumbnail`, of one category.
         sides: [N], the shorter side of each image in pixels.
+        groups: [N], as 0 for training and 1 for test images; None: one group. The frames of a film are pairs by the
+            million, of which N for each group are kept.
 
     Returns:
         Pairs within LARGEST_DISTANCE, sorted; see above for what the usual distance changes of it.
@@ -58,15 +60,23 @@ def near_duplicates(thumbnails: np.ndarray, sides: Sequence[int]) -> list[Pair]:
     usual = _usual_distance(thumbnails)
     largest = {side: _largest(distance, usual) for side, distance in LARGEST_DISTANCE.items()}
     coarse = _Normalised(_reduced(thumbnails, min(16, int(levels.min()))))
-    pairs = []
-    for first, second in _near(coarse, max(largest.values())):
+    groups = np.zeros(len(thumbnails), int) if groups is None else np.asarray(groups, int)
+    # Of each image, for each group, the nearest so far.
+    nearest = np.full((len(thumbnails), groups.max() + 1), np.inf)
+    partner = np.full(nearest.shape, -1)
+    for first, second, bound in _near(coarse, max(largest.values())):
+        nearer = bound < nearest[second, groups[first]]
+        first, second = first[nearer], second[nearer]
         compared = np.minimum(levels[first], levels[second])
         for side in np.unique(compared):
-            chosen = compared == side
+            chosen = np.flatnonzero(compared == side)
             distance = _distances(thumbnails, first[chosen], second[chosen], int(side))
-            near = distance <= largest[int(side)]
-            pairs += zip(first[chosen][near], second[chosen][near], distance[near], strict=True)
-    return sorted(Pair(int(first), int(second), float(distance)) for first, second, distance in pairs)
+            for place in np.flatnonzero(distance <= largest[int(side)]):
+                key = second[chosen[place]], groups[first[chosen[place]]]
+                if distance[place] < nearest[key]:
+                    nearest[key], partner[key] = distance[place], first[chosen[place]]
+    found = np.argwhere(partner >= 0)
+    return sorted(Pair(int(partner[key]), int(key[0]), float(nearest[key])) for key in map(tuple, found))
 
 
 class _Normalised:
@@ -96,8 +106,8 @@ def _largest(distance: float, usual: float | None) -> float:
     return distance if usual is None else min(max(distance, _CERTAIN * usual), _NEAR * usual)
 
 
-def _near(coarse: _Normalised, largest: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs that are near in the small thumbnails, some rows at a time so that memory stays bounded."""
+def _near(coarse: _Normalised, largest: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs that are near in the small thumbnails, and how near, some at a time so that memory stays bounded."""
     count = len(coarse.unit)
     rows = max(1, 2**22 // count)
     for start in range(0, count, rows):
@@ -108,7 +118,8 @@ def _near(coarse: _Normalised, largest: float) -> Iterator[tuple[np.ndarray, np.
         first, second = np.nonzero(np.triu(distance <= largest, 1))
         # A few at a time: their thumbnails are compared whole.
         for part in range(0, len(first), 2**10):
-            yield first[part : part + 2**10] + start, second[part : part + 2**10] + start
+            pairs = first[part : part + 2**10], second[part : part + 2**10]
+            yield pairs[0] + start, pairs[1] + start, distance[pairs]
 
 
 def _distances(
