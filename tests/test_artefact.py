@@ -9,6 +9,7 @@ import pytest
 
 from pushpull_jax.artefact import boxes_of, native_matrix, resize_matrix, to_native, to_square
 from pushpull_jax.data.images import letterbox_box, resize_image, resize_weights
+from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.scoring import interpolation_matrix
 
 SIZES = [(1, 1), (1, 8), (7, 8), (8, 8), (61, 8), (4001, 256)]
@@ -67,3 +68,15 @@ def test_sizes_can_be_symbolic_and_are_chosen_when_it_runs():
     call = jax.jit(exported.call)
     for sides in ((5, 9), (20, 8)):
         np.testing.assert_allclose(call(np.full((2, *sides, 3), 200, np.uint8)), 200.0, atol=1e-3)
+
+
+def test_a_nearest_neighbour_takes_any_number_of_images():
+    random = np.random.default_rng(2)
+    network = NearestNeighbour(size=5, block=4)
+    parameters = {"params": {"cells": jnp.asarray(random.normal(size=(5, 3)), jnp.float32)}}
+    shape = jax.export.symbolic_shape("b, 2, 2, 3")
+    program = jax.jit(functools.partial(network.apply, parameters))
+    call = jax.jit(jax.export.export(program)(jax.ShapeDtypeStruct(shape, jnp.float32)).call)
+    for count in (1, 3):
+        features = random.normal(size=(count, 2, 2, 3)).astype(np.float32)
+        np.testing.assert_array_equal(call(features), program(features))

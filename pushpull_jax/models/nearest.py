@@ -102,6 +102,8 @@ class NearestNeighbour(nn.Module):
             return jnp.concatenate(chosen, axis=-1)
 
         flat = jnp.asarray(features, jnp.float32).reshape(-1, channels)
-        block = min(self.block, len(flat))
-        blocks = jnp.pad(flat, ((0, -len(flat) % block), (0, 0))).reshape(-1, block, channels)
-        return jax.lax.map(reconstruct, blocks).reshape(-1, channels)[: len(flat)].reshape(features.shape)
+        count = flat.shape[0]
+        # A symbolic number, as `jax.export` has them, cannot be compared.
+        block = min(self.block, count) if isinstance(count, int) else self.block
+        blocks = jnp.pad(flat, ((0, -count % block), (0, 0))).reshape(-1, block, channels)
+        return jax.lax.map(reconstruct, blocks).reshape(-1, channels)[:count].reshape(features.shape)
