@@ -29,12 +29,24 @@ _METRICS = {
     "aupro": "AU-PRO",
 }
 
+_TILE = """
+They are for tiles of {} native px: cut images into such tiles, and take the largest score."""
+
+_EVALUATION = """\
+On {images} test images, {normal} normal and {anomalous} anomalous: at a threshold of {threshold:.6g}, {false_alarms}
+normal ones were called anomalous, and {missed} anomalous ones missed. Pixels are counted at {resolution} px, AU-PRO up
+to a false-positive rate of {fpr_limit}.{means}
+
+| metric | percent |
+|---|---|
+{rows}"""
+
 _CARD = """\
 # Anomaly detector for {category}
 
 It takes photographs of {category} and gives each a score, and a map of where it departs from the normal images that it
-was trained on. Made by pushpull_jax {version}: a frozen backbone ({backbone}), a {kind} that reconstructs its features,
-and a score from what it cannot reconstruct.
+was trained on. Made by pushpull_jax {version}: a frozen backbone ({backbone}), a {kind} that reconstructs its
+features, and a score from what it cannot reconstruct.
 
     python example.py IMAGE...        # needs jax, numpy and pillow, not pushpull_jax
 
@@ -52,7 +64,7 @@ that it meets: where images have many sizes, bring them to one first.
 ## Verdict
 
 An image whose score is above **{threshold:.6g}** is anomalous; so is a window of the map whose mean is above
-{map_threshold:.6g}. Both are fitted on held-out normal images, never on test images: {note}.
+{map_threshold:.6g}. Both are fitted on normal images that were not trained on: {note}.{tile}
 
 ## How good it is
 
@@ -75,7 +87,8 @@ An image whose score is above **{threshold:.6g}** is anomalous; so is a window o
 
 ## Computation
 
-- {dtype}; sums, scores and maps are float32. Another device or version of XLA gives the same numbers up to rounding.
+- {dtype}; statistics, scores and maps are float32. Another device or version of XLA gives the same numbers up to the
+  rounding of its products.
 - Verification: {verified}
 - jax.export promises that a jax up to {newer} newer, or {older} older, than the one that wrote the file can run it: jax
   {jax}, jaxlib {jaxlib}. What counts is when the versions were built. Export again from the run for a newer one;
@@ -108,6 +121,7 @@ def model_card(
         threshold=thresholds["threshold"],
         map_threshold=thresholds["map_threshold"],
         note=thresholds["note"].removesuffix("."),
+        tile=_TILE.format(thresholds["tile"]) if thresholds["tile"] else "",
         metrics=_metrics(metrics),
         trained=_trained(told["data"]),
         source=config["data"]["source"],
@@ -133,17 +147,9 @@ def _category(config: dict[str, Any]) -> str:
 def _metrics(metrics: dict[str, Any]) -> str:
     if not metrics:
         return "There were no test images: nothing is known."
-    rows = [f"| {title} | {_percent(metrics[name])} |" for name, title in _METRICS.items()]
-    return "\n".join(
-        [
-            f"On {metrics['images']} test images, {metrics['normal']} normal and {metrics['anomalous']} anomalous: at "
-            f"the threshold {metrics['false_alarms']} normal ones were called anomalous, and {metrics['missed']} "
-            f"anomalous ones missed. Pixels at {metrics['resolution']} px; AU-PRO up to a false-positive rate of "
-            f"{metrics['fpr_limit']}.\n",
-            "| metric | percent |\n|---|---|",
-            *rows,
-        ]
-    )
+    rows = "\n".join(f"| {title} | {_percent(metrics[name])} |" for name, title in _METRICS.items())
+    means = " The metrics are means over the categories." if "categories" in metrics else ""
+    return _EVALUATION.format(**metrics, means=means, rows=rows)
 
 
 def _percent(value: float | None) -> str:
@@ -160,9 +166,9 @@ def _trained(data: dict[str, Any]) -> str:
 
 
 def _dtype(config: dict[str, Any]) -> str:
-    compute = config.get("compute", {})
-    return f"Networks compute in {compute.get('dtype', 'float32')}, products of float32 at JAX's precision " + (
-        f"`{compute.get('matmul_precision', 'default')}`"
+    compute = config["compute"]
+    return (
+        f"Networks compute in {compute['dtype']}, float32 products at JAX's precision `{compute['matmul_precision']}`"
     )
 
 

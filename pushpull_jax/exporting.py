@@ -104,7 +104,7 @@ def _write_parts(folder: Path, source: Path, detector: Detector) -> dict[str, An
     names = ("threshold", "map_threshold", "false_positive_rate", "note")
     rest = {name: run[name] for name in ("data", "backbone", "loss", "reconstructor", "versions", "computed_on")}
     rest |= {
-        "thresholds": {name: threshold[name] for name in names},
+        "thresholds": {name: threshold[name] for name in names} | {"tile": threshold.get("tile")},
         "exported": {"platforms": PLATFORMS, "versions": files.versions()},
     }
     files.write_config(folder, _without_folders(config), **rest)

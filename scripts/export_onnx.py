@@ -42,7 +42,8 @@ def read_exported(folder: Path) -> Detector:
         raise InputError(f"{folder}: expected a folder that `pushpull export` wrote, there is no {WEIGHTS}")
     flat = {tuple(name.split("/")): tensor for name, tensor in safetensors.numpy.load_file(path).items()}
     # What has no tensor is in no file.
-    return Detector(network, {"backbone": {}, "residuals": {}} | flax.traverse_util.unflatten_dict(flat))
+    tree = {"backbone": {}, "residuals": {}} | flax.traverse_util.unflatten_dict(flat)
+    return Detector(network, jax.device_put(tree))
 
 
 def without_platforms(network: Network) -> Network:
