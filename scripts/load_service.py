@@ -176,27 +176,22 @@ def summary(answers: Sequence[Answer], seconds: float) -> str:
 def predict_throughput(run: Path, folder: Path) -> float:
     """Images a second of the prediction program, whose program is compiled already."""
     from pushpull_jax import load, predict
+    from pushpull_jax.prediction_output import Pictures
 
     detector = load(run)
     images = sorted(folder.glob("*.png"))
-    with tempfile.TemporaryDirectory() as output:
-        predict(detector, images[:8], output)
+    with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as output:
+        predict(detector, images[:8], warm)
         began = time.perf_counter()
-        predict(detector, images, output)
+        predict(detector, images, output, pictures=Pictures(heatmaps=False))
         return len(images) / (time.perf_counter() - began)
 
 
 async def run_loads(port: int, images: Sequence[bytes], options: argparse.Namespace) -> None:
     requests = [post(multipart(image)) for image in images]
-    for text, count, seconds in (
-        ("to warm up", 8, 10.0),
-        (f"{options.clients} clients", options.clients, options.seconds),
-        ("4 clients, quiet", 4, 30.0),
-    ):
-        before = await measured(port)
-        began = time.perf_counter()
-        answers = await good_clients(port, requests, count=count, stop=after(seconds))
-        report(text, summary(answers, time.perf_counter() - began), before, await measured(port))
+    await load(port, requests, "to warm up", count=8, seconds=10.0)
+    await load(port, requests, f"{options.clients} clients", count=options.clients, seconds=options.seconds)
+    await load(port, requests, "4 clients, quiet", count=4, seconds=30.0)
     before, began = await measured(port), time.perf_counter()
     attacking = asyncio.create_task(attack(port, images[0], count=options.hostile, rate=options.rate))
     answers = await good_clients(port, requests, count=4, stop=attacking.done)
@@ -205,6 +200,15 @@ async def run_loads(port: int, images: Sequence[bytes], options: argparse.Namesp
     for name, ended in (await attacking).items():
         statuses = dict(Counter(answer.status or "closed" for answer in ended))
         print(f"  {name}: {statuses}, at most {max(answer.seconds for answer in ended):.1f} s", flush=True)
+
+    await load(port, requests, "4 clients, quiet again", count=4, seconds=30.0)
+
+
+async def load(port: int, requests: Sequence[bytes], text: str, *, count: int, seconds: float) -> None:
+    """Some good clients for some seconds, and what became of them."""
+    before, began = await measured(port), time.perf_counter()
+    answers = await good_clients(port, requests, count=count, stop=after(seconds))
+    report(text, summary(answers, time.perf_counter() - began), before, await measured(port))
 
 
 def report(text: str, figures: str, before: dict[str, float], now: dict[str, float]) -> None:

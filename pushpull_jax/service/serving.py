@@ -12,7 +12,8 @@ from pushpull_jax.detector import Detector
 from pushpull_jax.errors import InputError
 from pushpull_jax.preemption import sigterm_noted
 from pushpull_jax.service.connections import TimedConnection
-from pushpull_jax.service.web import Limits, build_app
+from pushpull_jax.service.limits import Limits
+from pushpull_jax.service.web import build_app
 
 TOKEN = "PUSHPULL_TOKEN"
 # Half of the files that a process may usually have open, 1024.
@@ -63,6 +64,7 @@ def build_server(detector: Detector, *, token: str | None, limits: Limits) -> uv
         build_app(detector, token=token, limits=limits),
         http=connection,
         ws="none",
+        loop="asyncio",  # whether or not uvloop is there, so that all run what is tested
         lifespan="on",
         log_level="error",
         access_log=False,

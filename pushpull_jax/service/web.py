@@ -1,8 +1,7 @@
 """The routes of the service: `/predict`, `/health`, `/metrics`, `/openapi.json` and a page that uses them.
 
-What a client can make the service hold is bounded everywhere, and beyond it the answer is 503 at once: bytes of bodies,
-images that wait, the size of an image, which its header tells before it is decoded. Images are decoded, resized and
-drawn in threads; `microbatches` computes the scores.
+Images are decoded, resized and drawn in threads, once the header has told that their size is within the limits;
+`microbatches` computes the scores. Who comes when too many wait is answered 503 at once.
 """
 
 import asyncio
@@ -12,26 +11,25 @@ import io
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message
 
 from pushpull_jax import heatmap
 from pushpull_jax.data.images import decode_image, image_size, resize_image
 from pushpull_jax.detector import Detector
 from pushpull_jax.errors import InputError
+from pushpull_jax.service.limits import Limits, Uploads, busy
 from pushpull_jax.service.measures import Measures
 from pushpull_jax.service.microbatches import MicroBatches
 
@@ -39,27 +37,6 @@ from pushpull_jax.service.microbatches import MicroBatches
 _SHOWN_SIDE = 1024
 # Longer side of an image: `resize_weights` needs memory in proportion to it, whatever the other side is.
 _MAX_SIDE = 2**14
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What clients can make the service hold.
-
-    Attributes:
-        body: bytes of one request.
-        bodies: bytes of all requests that are being read or wait to be decoded.
-        pixels: of one image.
-        waiting: images that are decoded, computed and drawn at a time.
-        arrival: seconds for a request to arrive, and for an answer to be read.
-        answer: seconds for an image to be decoded, computed and drawn.
-    """
-
-    body: int = 32 * 2**20
-    bodies: int = 256 * 2**20
-    pixels: int = 2**24
-    waiting: int = 64
-    arrival: float = 8.0
-    answer: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -98,12 +75,13 @@ class _Service:
         self._detector = detector
         self._token = token
         self._limits = limits
+        self._uploads = Uploads(limits)
         self._measures = Measures(waiting=lambda: self._waiting)
         self._batches = MicroBatches(detector, on_batch=self._measures.batch)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="images")
+        self._checking = ThreadPoolExecutor(1, thread_name_prefix="headers")
         self._status = "warming"  # then "ready", or "failed"
         self._waiting = 0
-        self._held = 0
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -146,6 +124,9 @@ class _Service:
         except HTTPException as error:
             status = error.status_code
             raise
+        except ClientDisconnect:
+            status = 408  # it has left, or its connection was closed for being slow
+            raise
         finally:
             self._measures.answered(status, time.perf_counter() - began)
         return JSONResponse(answer)
@@ -154,47 +135,53 @@ class _Service:
         self._check_token(request)
         wants_heatmap = _flag(request, "heatmap")
         if self._status != "ready":
-            raise _busy(f"the detector is {self._status}")
-        data = await self._read(request)
-        if self._waiting >= self._limits.waiting:
-            raise _busy(f"{self._waiting} images wait already")
-        self._waiting += 1
+            raise busy(f"the detector is {self._status}")
         try:
-            async with asyncio.timeout(self._limits.answer):
+            async with self._uploads.read(request) as data, asyncio.timeout(self._limits.answer):
                 return await self._answer(data, wants_heatmap)
         except TimeoutError:
-            raise _busy(f"the image was not computed in {self._limits.answer:g} s") from None
+            raise busy(f"the image was not computed in {self._limits.answer:g} s") from None
         except InputError as error:
             raise HTTPException(422, str(error)) from error
-        finally:
-            self._waiting -= 1
 
     async def _answer(self, data: bytes, wants_heatmap: bool) -> dict:
         loop = asyncio.get_running_loop()
-        self._held += len(data)
-        try:
+        # Not in the turn of images: what is none must not keep them waiting.
+        await loop.run_in_executor(self._checking, self._check_size, data)
+        with self._turn():
             decoded = await loop.run_in_executor(self._threads, self._decode, data, wants_heatmap)
-        finally:
-            self._held -= len(data)
-        score, score_map = await self._batches.detect(decoded.resized)
-        threshold = self._detector.threshold
-        answer = {
-            "score": score,
-            "threshold": threshold,
-            "verdict": "anomalous" if score > threshold else "normal",
-            "height": decoded.size[0],
-            "width": decoded.size[1],
-        }
-        if decoded.shown is not None:
-            picture = await loop.run_in_executor(self._threads, self._draw, decoded.shown, score_map)
-            answer["heatmap"] = base64.b64encode(picture).decode()
-        return answer
+            score, score_map = await self._batches.detect(decoded.resized)
+            threshold = self._detector.threshold
+            answer = {
+                "score": score,
+                "threshold": threshold,
+                "verdict": "anomalous" if score > threshold else "normal",
+                "height": decoded.size[0],
+                "width": decoded.size[1],
+            }
+            if decoded.shown is not None:
+                picture = await loop.run_in_executor(self._threads, self._draw, decoded.shown, score_map)
+                answer["heatmap"] = base64.b64encode(picture).decode()
+            return answer
 
-    def _decode(self, data: bytes, wants_heatmap: bool) -> _Decoded:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One of the images that are decoded, computed and drawn; 503 where there are too many."""
+        if self._waiting >= self._limits.waiting:
+            raise busy(f"{self._waiting} images wait already")
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def _check_size(self, data: bytes) -> None:
         height, width = image_size(data, name="file")
         if height * width > self._limits.pixels or max(height, width) > _MAX_SIDE:
             most = f"{self._limits.pixels} pixels and {_MAX_SIDE} a side"
             raise InputError(f"file: expected at most {most}, got {width}x{height} (width x height)")
+
+    def _decode(self, data: bytes, wants_heatmap: bool) -> _Decoded:
         pixels = decode_image(data, name="file")
         network = self._detector.network
         resized = resize_image(pixels, size=network.image_size, mode=network.resize)
@@ -206,40 +193,6 @@ class _Service:
         picture = heatmap.overlay(shown, score_map, threshold=self._detector.map_threshold)
         Image.fromarray(picture).save(encoded, "PNG", compress_level=1)
         return encoded.getvalue()
-
-    async def _read(self, request: Request) -> bytes:
-        """The file of a request, read within the limits."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise HTTPException(415, "expected multipart/form-data with an image in the field `file`")
-        if int(request.headers.get("content-length", 0)) > self._limits.body:
-            raise self._too_large()
-        if self._waiting >= self._limits.waiting:
-            raise _busy(f"{self._waiting} images wait already")
-        own = 0
-
-        async def receive() -> Message:
-            nonlocal own
-            message = await request.receive()
-            came = len(message.get("body", b""))
-            own += came
-            self._held += came
-            if own > self._limits.body:
-                raise self._too_large()
-            if self._held > self._limits.bodies:
-                raise _busy("too many requests are being read")
-            return message
-
-        try:
-            async with Request(request.scope, receive).form(max_files=1, max_fields=4) as form:
-                file = form.get("file")
-                if not isinstance(file, UploadFile):
-                    raise HTTPException(400, "expected an image in the field `file`")
-                return await file.read()
-        finally:
-            self._held -= own
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"expected a body of at most {self._limits.body} bytes")
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:
@@ -264,10 +217,6 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("true", "false"):
         raise HTTPException(400, f"{name}: expected true or false, got {value!r}")
     return value == "true"
-
-
-def _busy(why: str) -> HTTPException:
-    return HTTPException(503, f"busy: {why}", {"retry-after": "1"})
 
 
 async def _refused(_: Request, error: HTTPException) -> Response:
