@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pushpull_jax.progress import say
+from pushpull_jax.user_cache import cache_folder, prepare_folder
 
 _MAX_BYTES = 2**29  # programs of ours take 0.01 to 0.3 MB on a CPU; larger ones a few
 _MIN_SECONDS = (
@@ -43,9 +44,9 @@ def enable() -> Path | None:
     chosen = jax.config.jax_compilation_cache_dir
     if chosen and "://" in chosen:
         return None  # JAX's own affair
-    folder = Path(chosen or _default_folder())
+    folder = Path(chosen or cache_folder("compiled"))
     try:
-        _prepare(folder)
+        prepare_folder(folder)  # for the user alone, since whoever writes to it can have code run
     except OSError as error:
         say(f"compiled programs are not kept: {error}")
         jax.config.update("jax_enable_compilation_cache", False)
@@ -60,20 +61,6 @@ def enable() -> Path | None:
                 jax.config.update(name, value)
     _mend(folder, is_bounded=jax.config.jax_compilation_cache_max_size != -1)
     return folder
-
-
-def _default_folder() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative one is invalid and to be ignored, says the XDG base directory specification.
-    return (Path(caches) if os.path.isabs(caches) else Path("~/.cache").expanduser()) / "pushpull_jax" / "compiled"
-
-
-def _prepare(folder: Path) -> None:
-    """Make the folder, for the user alone, since whoever writes to it can have code run; OSError if it is of no use."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    probe = folder / f".{uuid.uuid4().hex}.part"
-    probe.write_bytes(b"")
-    probe.unlink()
 
 
 def _mend(folder: Path, *, is_bounded: bool) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from pushpull_jax.detector import Network, detect_features
 from pushpull_jax.features import Standardisation
+from pushpull_jax.memory import free_memory
 from pushpull_jax.objectives import push_pull, squared
 from pushpull_jax.resources import needed_memory
 from pushpull_jax.steps import (
@@ -170,7 +171,8 @@ def compile_in_blocks(
         donate: whether the members' arguments may be overwritten.
     """
     each = jax.tree.leaves(members)[0].shape[0] // mesh.shape["grid"]
-    budget, whose = _free_memory(mesh.devices.flat[0])
+    free, whose = free_memory(mesh.devices.flat[0])
+    budget = MEMORY_SHARE * free
     block = largest_block(each, START.get(mesh.devices.flat[0].platform, 8))
     while True:
         mapped = jax.jit(over_members(function, mesh, block=block), donate_argnums=0 if donate else ())
@@ -188,14 +190,3 @@ def compile_in_blocks(
 def largest_block(each: int, most: int) -> int:
     """The largest divisor of the members a device has that is at most `most`."""
     return next(block for block in range(min(each, most), 0, -1) if each % block == 0)
-
-
-def _free_memory(device: jax.Device) -> tuple[float, str]:
-    """Bytes that a program may take on a device, and of what they are a share."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        return MEMORY_SHARE * free, "the device's free memory"
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return MEMORY_SHARE * free / len(jax.local_devices()), "the machine's free memory, by device"

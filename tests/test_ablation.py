@@ -217,7 +217,8 @@ def test_the_block_is_what_fits_the_memory(monkeypatch):
     chosen = {}
     monkeypatch.setattr(grid, "START", {"cpu": 6})
     for budget in (0.2, 0.8, 100):
-        monkeypatch.setattr(grid, "_free_memory", lambda _, budget=budget: (budget * 4 * one, "a test"))
+        free = budget * 4 * one / grid.MEMORY_SHARE
+        monkeypatch.setattr(grid, "free_memory", lambda _, free=free: (free, "a test"))
         program = grid.compile_in_blocks(outer, mesh, members, replicate(np.float32(1), mesh))
         chosen[budget] = program.block
         assert f"{program.block} at a time" in program.reason and "a test" in program.reason

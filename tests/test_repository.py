@@ -26,9 +26,8 @@ LAYERS = (
     "conversion.keras_h5", "conversion.tensors", "models.reconstructor", "models.convolutional", "models.nearest",
     "models.efficientnet", "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",
     "confetti_noise", "batching", "calibration", "streaming_metrics", "metrics", "ranking", "compilation_cache",
-    "whitening", "scoring", "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources", "progress",
-    "config",
-    "errors",
+    "whitening", "scoring", "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources",
+    "user_cache", "memory", "progress", "config", "errors",
 )  # fmt: skip
 
 
