@@ -22,7 +22,7 @@ from pushpull_jax.data.pipeline import check_readable
 from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_records
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
 from pushpull_jax.errors import InputError
-from pushpull_jax.feature_bank import FeatureBank
+from pushpull_jax.feature_bank import FeatureBank, FeatureRows
 from pushpull_jax.features import FeatureSpec, Standardisation, extract, fit_standardisation, raw
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.progress import progress_bar, say
@@ -64,11 +64,11 @@ class TrainingData(NamedTuple):
     def batch(self, bank: FeatureBank) -> Batch:
         """All examples with standardised "features" [N,h,w,C] for their rows."""
         others = {name: leaf for name, leaf in self.examples.items() if name != "row"}
-        return {"features": self.features(bank, self.examples["row"])} | others
+        return {"features": np.asarray(self.standardisation(bank.features[self.examples["row"]]))} | others
 
-    def features(self, bank: FeatureBank, rows: np.ndarray) -> np.ndarray:
+    def features(self, bank: FeatureBank, rows: np.ndarray) -> FeatureRows:
         """Standardised features of some rows."""
-        return np.asarray(self.standardisation(bank.features[rows]))
+        return FeatureRows(bank, rows, self.standardisation)
 
 
 def read_run(config: Config) -> RunRecords:
@@ -182,7 +182,7 @@ def _standardisation(config: Config, bank: FeatureBank, rows: np.ndarray) -> Sta
     widths = bank.spec.widths
     if not config.features.standardise:
         return raw(sum(widths))
-    fitted, constant = fit_standardisation(bank.features[rows], widths, stage_weights=config.features.stage_weights)
+    fitted, constant = fit_standardisation(bank.read(rows), widths, stage_weights=config.features.stage_weights)
     if constant:
         say(f"channels {constant} of the features are constant over the training images; they are only shifted")
     return fitted

@@ -6,6 +6,7 @@ for twice has the row it had.
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from pushpull_jax.config import Data
 from pushpull_jax.conversion.tensors import Parameters
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.pipeline import image_batches
-from pushpull_jax.features import FeatureSpec, extract_all
+from pushpull_jax.features import FeatureSpec, Standardisation, extract_all
 from pushpull_jax.hosts import divided
 from pushpull_jax.progress import progress_bar
 
@@ -43,6 +44,11 @@ class FeatureBank:
             empty = np.zeros((0, self.spec.grid, self.spec.grid, sum(self.spec.widths)), np.float32)
             self._parts = [np.concatenate(self._parts or [empty])]
         return self._parts[0]
+
+    def read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Features of some rows in batches [b,h,w,C] of BATCH_SIZE, the last one of what remains."""
+        for start in range(0, len(rows), BATCH_SIZE):
+            yield self.features[rows[start : start + BATCH_SIZE]]
 
     def add(self, features: np.ndarray) -> np.ndarray:
         """Keep features [n,h,w,C]; their rows, [n] int32."""
@@ -104,3 +110,29 @@ class FeatureBank:
             on_unreadable=self.data.on_unreadable,
             dropped=dropped,
         )
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Standardised features of some rows of a bank, which are read batch by batch, as often as they are gone through.
+
+    Attributes:
+        bank: whose rows they are.
+        rows: [n] int32.
+        standardisation: of the run.
+    """
+
+    bank: FeatureBank
+    rows: np.ndarray
+    standardisation: Standardisation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: np.ndarray) -> "FeatureRows":
+        """Those of some of the rows, by their position among these."""
+        return FeatureRows(self.bank, self.rows[chosen], self.standardisation)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Batches [b,h,w,C] float32 of BATCH_SIZE rows, the last one of what remains."""
+        return (np.asarray(self.standardisation(batch)) for batch in self.bank.read(self.rows))

@@ -5,6 +5,7 @@ antialias), or averages over the cell. The backbone is frozen, so the features o
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
@@ -88,12 +89,12 @@ def raw(channels: int) -> Standardisation:
 
 
 def fit_standardisation(
-    features: np.ndarray, widths: tuple[int, ...], *, stage_weights: tuple[float, ...] = ()
+    features: Iterable[np.ndarray], widths: tuple[int, ...], *, stage_weights: tuple[float, ...] = ()
 ) -> tuple[Standardisation, list[int]]:
     """Mean and deviation of the training features, and the weight of each stage, as one affine map.
 
     Args:
-        features: [N,h,w,C] of the training images.
+        features: of the training images, [N,h,w,C], or such batches of them; one after another is enough.
         widths: channels of each stage; they sum to C.
         stage_weights: share of each stage in the mean square over C, whatever its width; empty: in proportion to it.
 
@@ -101,14 +102,29 @@ def fit_standardisation(
         The standardisation, after which the mean square over all channels is 1, and the channels that are
         constant: these are shifted only, so that they carry no score unless an image departs from the constant.
     """
-    axes = tuple(range(features.ndim - 1))
-    mean = features.mean(axes, dtype=np.float64)
-    deviation = np.sqrt(np.square(features - mean.astype(np.float32)).mean(axes, dtype=np.float64))
+    mean, deviation = _moments(features)
     constant = deviation <= CONSTANT * np.maximum(np.abs(mean), 1.0)
     shares = np.asarray(stage_weights or widths, np.float64)
     weight = np.repeat(shares / shares.sum() / np.asarray(widths), widths) * sum(widths)
     scale = np.sqrt(weight) / np.where(constant, 1.0, deviation)
     return Standardisation(mean.astype(np.float32), scale.astype(np.float32)), np.flatnonzero(constant).tolist()
+
+
+def _moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation over all axes but the last, [C] float64, of parts [...,C] together.
+
+    Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983: counts, means and squares about the
+    mean of two parts give those of both, and nothing cancels.
+    """
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        axes, size = tuple(range(part.ndim - 1)), math.prod(part.shape[:-1])
+        own = part.mean(axes, dtype=np.float64)
+        about = np.square(part - own.astype(np.float32)).sum(axes, dtype=np.float64)
+        step, total = own - mean, count + size
+        mean, squares = mean + step * size / total, squares + about + step**2 * count * size / total
+        count = total
+    return mean, np.sqrt(squares / count)
 
 
 @functools.cache

@@ -1,12 +1,14 @@
-"""The training loop on features that are on the device: chunks of compiled steps, logged, checkpointed, resumed.
+"""The training loop: chunks of compiled steps, logged, checkpointed, resumed; and what is learned of a trained network.
 
 Features are standardised, [N,h,w,C]. Batches are drawn from pools of examples, of which the first holds the normal
 images.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,12 @@ import optax
 from jax.sharding import Mesh
 
 from pushpull_jax import workdir as files
-from pushpull_jax.batching import BATCH_SIZE, in_batches, padded
+from pushpull_jax.batching import BATCH_SIZE, padded
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config
 from pushpull_jax.detector import Network, build_optimizer, detect_features, initial_state, peaks
 from pushpull_jax.errors import InputError
+from pushpull_jax.feature_bank import FeatureRows
 from pushpull_jax.hosts import agreed, is_first
 from pushpull_jax.mesh import device_mesh, on_one_device, replicate
 from pushpull_jax.models.nearest import NearestNeighbour, sample_cells
@@ -74,17 +77,47 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     return Program(network, mesh, chunk, residuals, scores, rate)
 
 
+# (state, steps done, steps to do) -> state and metrics, each of the steps between; they are still on the device.
+Advance = Callable[[State, int, int], tuple[State, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ResidentExamples:
+    """All examples on the devices, of which a compiled scan of a chunk of steps chooses its batches."""
+
+    config: Config
+    program: Program
+    examples: Batch
+
+    def opened(self, pools: Sequence[Pool], first: int) -> contextlib.AbstractContextManager[Advance]:
+        """How to do steps from `first` on, in chunks of at most log.every, on batches that are drawn from pools."""
+
+        def advance(state: State, first: int, last: int) -> tuple[State, dict[str, Any]]:
+            indices = chunk_indices(self.config, pools, first, last)
+            return self.program.chunk(state, self.examples, indices, jax.random.key(self.config.seed))
+
+        return contextlib.nullcontext(advance)
+
+
 def fit(
-    config: Config, program: Program, examples: Batch, pools: Sequence[Pool], folder: Path, *, start: Any = None
+    config: Config,
+    program: Program,
+    examples: ResidentExamples,
+    pools: Sequence[Pool],
+    folder: Path,
+    *,
+    normal: FeatureRows,
+    start: Any = None,
 ) -> State:
     """Train to the last step, from the newest checkpoint of a run's folder on; writes metrics.jsonl and checkpoints.
 
     Args:
         config: the run.
         program: of `build_program`.
-        examples: what is trained on, all examples leading.
+        examples: what is trained on.
         pools: what batches are drawn from, the normal images first.
         folder: of the run.
+        normal: features of the normal images.
         start: parameters of the reconstructor to start from; by default fresh ones.
 
     Raises:
@@ -96,13 +129,13 @@ def fit(
     saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep, minutes=config.checkpoint.minutes)
     profile = Profile(folder / files.PROFILE, steps=config.log.profile)
     with sigterm_noted() as notice, saved as checkpoints, profile:
-        state = first_state(config, program.network, examples["features"][pools[0].examples], start)
+        state = first_state(config, program.network, normal, start)
         if checkpoints.latest is not None:
             state = checkpoints.restore(state)
             checkpoints.discard_after(int(state.step))  # damaged ones
         elif not steps:
             checkpoints.save(state)
-        state, examples = replicate(state, program.mesh), replicate(examples, program.mesh)
+        state = replicate(state, program.mesh)
         step, log = int(state.step.addressable_data(0)), folder / files.LOG
         rows = [row for row in files.read_lines(log) if row["step"] <= step]
         with agreed():
@@ -110,12 +143,12 @@ def fit(
                 files.write_lines(log, rows)
         is_shown = config.log.tensorboard and is_first()
         scalars = training_scalars(folder / files.TENSORBOARD / "train", rows, is_wanted=is_shown)
-        with progress_bar(desc="training", total=steps, initial=step, unit="step") as bar, scalars as show:
+        bar = progress_bar(desc="training", total=steps, initial=step, unit="step")
+        with bar, scalars as show, examples.opened(pools, step) as advance:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
-                indices = chunk_indices(config, pools, step, last)
-                state, metrics = program.chunk(state, examples, indices, jax.random.key(config.seed))
+                state, metrics = advance(state, step, last)
                 row = {"step": last, **_means(metrics, step, last, config)}
                 row["learning_rate"] = float(program.learning_rate(last - 1))
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
@@ -137,61 +170,70 @@ def fit(
     return on_one_device(state)
 
 
-def first_state(config: Config, network: Network, normal: np.ndarray, start: Any) -> State:
+def first_state(config: Config, network: Network, normal: FeatureRows, start: Any) -> State:
     """The state before the first step; a nearest neighbour has all that it needs from the normal images at once."""
     state = initial_state(config, network)
     if isinstance(network.reconstructor, NearestNeighbour):
-        cells = sample_cells(normal, size=network.reconstructor.size, seed=config.seed)
+        cells = sample_cells(normal, images=len(normal), size=network.reconstructor.size, seed=config.seed)
         return state._replace(parameters={"cells": jax.device_put(cells)})
     return state if start is None else state._replace(parameters=jax.device_put(start))
 
 
 def cross_fit(
-    config: Config, program: Program, frozen: dict[str, Any], examples: Batch, pools: Sequence[Pool]
+    config: Config,
+    program: Program,
+    frozen: dict[str, Any],
+    examples: ResidentExamples,
+    pools: Sequence[Pool],
+    *,
+    normal: FeatureRows,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`score_features` of the normal training images, each by a detector that was trained without its fold of them.
 
     Costs `scoring.folds` more trainings, in the program that is compiled already. The standardisation is that of all
     images; anomalies are trained on in every fold.
     """
-    normal = pools[0].examples
-    features, on_device = examples["features"][normal], replicate(examples, program.mesh)
     count, steps, size = config.scoring.folds, config.training.steps, config.log.every
-    order = np.random.default_rng(config.seed).permutation(len(features))
-    results = tuple(np.empty(len(features), np.float32) for _ in ("scores", "peaks"))
+    order = np.random.default_rng(config.seed).permutation(len(normal))
+    results = tuple(np.empty(len(normal), np.float32) for _ in ("scores", "peaks"))
     with progress_bar(desc="cross-fitting", total=count * steps, unit="step") as bar:
         for fold in range(count):
             held = order[fold::count]
             kept = np.setdiff1d(order, held)
-            state = replicate(first_state(config, program.network, features[kept], None), program.mesh)
-            some = (pools[0]._replace(examples=normal[kept]), *pools[1:])
-            for step in range(0, steps, size):
-                last = min(step + size, steps)
-                indices = chunk_indices(config, some, step, last)
-                state, metrics = program.chunk(state, on_device, indices, jax.random.key(config.seed))
-                _means(metrics, step, last, config)
-                bar.update(last - step)
+            state = replicate(first_state(config, program.network, normal[kept], None), program.mesh)
+            some = (pools[0]._replace(examples=pools[0].examples[kept]), *pools[1:])
+            with examples.opened(some, 0) as advance:
+                for step in range(0, steps, size):
+                    last = min(step + size, steps)
+                    state, metrics = advance(state, step, last)
+                    _means(metrics, step, last, config)
+                    bar.update(last - step)
             trained = frozen | {"reconstructor": on_one_device(state.parameters)}
-            parameters = with_residuals(trained, residual_sums(program, trained, features[kept]))
-            for whole, part in zip(results, score_features(program, parameters, features[held]), strict=True):
+            parameters = with_residuals(trained, residual_sums(program, trained, normal[kept]))
+            for whole, part in zip(results, score_features(program, parameters, normal[held]), strict=True):
                 whole[held] = part
     return results
 
 
-def residual_sums(program: Program, parameters: dict[str, Any], features: np.ndarray) -> dict[str, Moments]:
-    """Moments of the residuals of normal features, of whatever the network's score is in units of; float64."""
+def residual_sums(program: Program, parameters: dict[str, Any], batches: Iterable[np.ndarray]) -> dict[str, Moments]:
+    """Moments of the residuals of batches of normal features, of whatever the score is in units of; float64."""
     sums: dict[str, Moments] = {}
-    for start in range(0, len(features), BATCH_SIZE):
-        for name, of_images in _image_moments(program, parameters, features[start : start + BATCH_SIZE]).items():
+    if not _is_relative(program):
+        return sums
+    for batch in batches:
+        for name, of_images in _image_moments(program, parameters, batch).items():
             of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in of_images))
             sums[name] = of_batch if name not in sums else Moments(*map(np.add, sums[name], of_batch))
     return sums
 
 
+def _is_relative(program: Program) -> bool:
+    """Whether the score is in units of what is usual of the residuals."""
+    return bool(program.network.map_names or program.network.block_names)
+
+
 def _image_moments(program: Program, parameters: dict[str, Any], batch: np.ndarray) -> dict[str, Moments]:
-    """Moments of the residuals of each image, of at most BATCH_SIZE; none where the score is in units of nothing."""
-    if not (program.network.map_names or program.network.block_names):
-        return {}
+    """Moments of the residuals of each image, of at most BATCH_SIZE."""
     return padded(functools.partial(program.residuals, parameters), batch, size=BATCH_SIZE)
 
 
@@ -201,7 +243,7 @@ def with_residuals(parameters: dict[str, Any], sums: dict[str, Moments]) -> dict
 
 
 def score_held_out(
-    program: Program, parameters: dict[str, Any], sums: dict[str, Moments], held: np.ndarray
+    program: Program, parameters: dict[str, Any], sums: dict[str, Moments], held: FeatureRows
 ) -> tuple[np.ndarray, np.ndarray]:
     """`score_features` of held-out images, each in units of what is usual of all images but itself.
 
@@ -212,27 +254,34 @@ def score_held_out(
         program: of `build_program`.
         parameters: of the run, without "residuals".
         sums: of all normal images, those held out among them.
-        held: features [n,h,w,C].
+        held: features of the held-out images.
     """
     if not sums:
         return score_features(program, parameters | {"residuals": {}}, held)
     results = []
-    for i, image in enumerate(progress_bar(held, desc="threshold", total=len(held), unit="image")):
-        place = i % BATCH_SIZE
-        if place == 0:
-            own = _image_moments(program, parameters, held[i : i + BATCH_SIZE])
-        others = {
-            name: Moments(*(leaf - of_images[place] for leaf, of_images in zip(sums[name], own[name], strict=True)))
-            for name in sums
-        }
-        # One at a time, since each has parameters of its own.
-        results.append(jax.device_get(program.scores(with_residuals(parameters, others), image[None])))
+    with progress_bar(desc="threshold", total=len(held), unit="image") as bar:
+        for batch in held:
+            own = _image_moments(program, parameters, batch)
+            # One at a time, since each has parameters of its own.
+            for i, image in enumerate(batch):
+                others = {name: _without(sums[name], own[name], i) for name in sums}
+                results.append(jax.device_get(program.scores(with_residuals(parameters, others), image[None])))
+                bar.update()
     return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
 
 
-def score_features(program: Program, parameters: dict[str, Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [N] and peaks of the maps [N], float32, of features."""
-    return in_batches(functools.partial(program.scores, parameters), features, size=BATCH_SIZE)
+def _without(sums: Moments, of_images: Moments, i: int) -> Moments:
+    """Moments of all images without those of one."""
+    return Moments(*(leaf - own[i] for leaf, own in zip(sums, of_images, strict=True)))
+
+
+def score_features(
+    program: Program, parameters: dict[str, Any], batches: Iterable[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [N] and peaks of the maps [N], float32, of batches of features."""
+    scores = functools.partial(program.scores, parameters)
+    parts = [padded(scores, batch, size=BATCH_SIZE) for batch in batches]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:
@@ -249,7 +298,7 @@ def _means(metrics: dict[str, jax.Array], first: int, last: int, config: Config)
     Raises:
         InputError: a loss or gradient is not finite; that step was not applied, and nothing of it is saved.
     """
-    told = {name: values[: last - first] for name, values in jax.device_get(metrics).items()}
+    told = {name: np.asarray(values[: last - first]) for name, values in jax.device_get(metrics).items()}
     for name in METRICS:
         if not np.isfinite(told[name]).all():
             at = int(np.flatnonzero(~np.isfinite(told[name]))[0])

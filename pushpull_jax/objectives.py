@@ -4,7 +4,7 @@ Any function of that signature can take their place: see `training.train`. The m
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pushpull_jax import losses
-from pushpull_jax.batching import BATCH_SIZE, in_batches
+from pushpull_jax.batching import BATCH_SIZE, padded
 from pushpull_jax.config import Config
 from pushpull_jax.detector import Network, initial_state
 from pushpull_jax.shapes import split_channels
@@ -50,8 +50,15 @@ def push_pull(
     return jnp.mean(losses.push_pull_loss(phis, *labels, k=k, alpha=alpha), axis=0)
 
 
-def configured_loss(config: Config, network: Network, start: Any, normal: np.ndarray) -> LossFunction:
-    """The loss that a config names, where training starts from parameters of the reconstructor, or None: from fresh."""
+def configured_loss(config: Config, network: Network, start: Any, normal: Iterable[np.ndarray]) -> LossFunction:
+    """The loss that a config names.
+
+    Args:
+        config: the run.
+        network: of the run.
+        start: parameters of the reconstructor that training starts from; None: fresh ones.
+        normal: batches of features of the normal images; read where the loss is in units of them.
+    """
     if config.training.loss == "squared":
         return squared
     units = ()
@@ -62,9 +69,10 @@ def configured_loss(config: Config, network: Network, start: Any, normal: np.nda
     return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
 
 
-def stage_levels(network: Network, parameters: Any, features: np.ndarray) -> np.ndarray:
-    """Mean |residual| of each stage over features, for parameters of the reconstructor; at least 1e-6."""
-    levels = in_batches(functools.partial(_compiled_levels(network), parameters), features, size=BATCH_SIZE)
+def stage_levels(network: Network, parameters: Any, batches: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean |residual| of each stage over batches of features, for parameters of the reconstructor; at least 1e-6."""
+    program = functools.partial(_compiled_levels(network), parameters)
+    levels = np.concatenate([padded(program, batch, size=BATCH_SIZE) for batch in batches])
     return np.maximum(levels.mean(0, dtype=np.float64), 1e-6)
 
 

@@ -27,8 +27,16 @@ from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
 from pushpull_jax.feature_bank import FeatureBank
 from pushpull_jax.features import Standardisation
-from pushpull_jax.fit import build_program, cross_fit, fit, residual_sums, score_held_out, with_residuals
-from pushpull_jax.mesh import computed_on, device_mesh
+from pushpull_jax.fit import (
+    ResidentExamples,
+    build_program,
+    cross_fit,
+    fit,
+    residual_sums,
+    score_held_out,
+    with_residuals,
+)
+from pushpull_jax.mesh import computed_on, device_mesh, replicate
 from pushpull_jax.objectives import configured_loss
 from pushpull_jax.progress import say
 from pushpull_jax.resources import devices_line
@@ -130,15 +138,16 @@ def _trained(
         rest = {"data": data.summary, "backbone": told, "versions": files.versions(), "command": list(command)}
         files.write_config(folder, config, **rest, **given, computed_on=_computed_on(config))
     first = start.parameters if start else None
-    examples, normal, held = data.batch(bank), data.features(bank, data.normal), data.features(bank, data.held)
+    normal, held = data.features(bank, data.normal), data.features(bank, data.held)
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, normal))
-    state = fit(config, program, examples, data.pools, folder, start=first)
+    examples = ResidentExamples(config, program, replicate(data.batch(bank), program.mesh))
+    state = fit(config, program, examples, data.pools, folder, normal=normal, start=first)
     trained = frozen | {"reconstructor": state.parameters}
-    sums = residual_sums(program, trained, np.concatenate([normal, held]))
+    sums = residual_sums(program, trained, data.features(bank, np.concatenate([data.normal, data.held])))
     if sums and hosts.is_first():
         save_parameters(folder / files.RESIDUALS, with_residuals(trained, sums)["residuals"], metadata={})
     if config.scoring.folds:
-        unseen = cross_fit(config, program, frozen, examples, data.pools)
+        unseen = cross_fit(config, program, frozen, examples, data.pools, normal=normal)
     else:
         unseen = score_held_out(program, trained, sums, held)
     if hosts.is_first():

@@ -126,12 +126,12 @@ def test_sets_of_cells_run_side_by_side_under_vmap(features, cells):
 
 
 def test_drawing_as_many_as_there_are_gives_every_cell_once(features):
-    np.testing.assert_array_equal(sample_cells(features, size=30, seed=3), features.reshape(30, 7))
+    np.testing.assert_array_equal(sample_cells([features], images=2, size=30, seed=3), features.reshape(30, 7))
 
 
 def test_the_draw_is_without_replacement_and_a_function_of_the_seed():
     numbers = np.arange(60.0).reshape(3, 4, 5, 1)
-    first, again, other = (sample_cells(numbers, size=20, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (sample_cells([numbers], images=3, size=20, seed=seed) for seed in (0, 0, 1))
     assert first.shape == (20, 1)
     assert first.dtype == np.float32
     assert len(np.unique(first)) == 20
@@ -143,21 +143,27 @@ def test_the_draw_is_without_replacement_and_a_function_of_the_seed():
 def test_the_draw_is_uniform_over_all_cells_of_all_images():
     """Each of 12 cells is in a third of 3,000 draws of 4: 1,000 times, with a binomial deviation of 26."""
     numbers = np.arange(12.0).reshape(3, 2, 2, 1)
-    drawn = np.concatenate([sample_cells(numbers, size=4, seed=seed)[:, 0] for seed in range(3000)])
+    drawn = np.concatenate([sample_cells([numbers], images=3, size=4, seed=seed)[:, 0] for seed in range(3000)])
     counts = np.bincount(drawn.astype(int), minlength=12)
     assert np.abs(counts - 1000).max() < 5 * 26
 
 
+def test_the_draw_does_not_depend_on_the_batches():
+    numbers = np.arange(120.0).reshape(5, 4, 3, 2)
+    whole, parts = (sample_cells(some, images=5, size=20, seed=0) for some in ([numbers], np.split(numbers, (2, 3))))
+    np.testing.assert_array_equal(whole, parts)
+
+
 def test_features_of_a_device_or_in_half_precision_give_the_same_cells(features):
-    expected = sample_cells(features, size=5, seed=0)
-    np.testing.assert_array_equal(sample_cells(jnp.asarray(features), size=5, seed=0), expected)
-    half = sample_cells(jnp.asarray(features, jnp.bfloat16), size=5, seed=0)
+    expected = sample_cells([features], images=2, size=5, seed=0)
+    np.testing.assert_array_equal(sample_cells([jnp.asarray(features)], images=2, size=5, seed=0), expected)
+    half = sample_cells([jnp.asarray(features, jnp.bfloat16)], images=2, size=5, seed=0)
     assert half.dtype == np.float32
     np.testing.assert_allclose(half, expected, rtol=2**-8)
 
 
 def test_too_few_cells_are_an_error_of_the_users(features):
     with pytest.raises(InputError, match="31 cells cannot be drawn from 2 training images of 3x5 cells.* have 30"):
-        sample_cells(features, size=31, seed=0)
+        sample_cells([features], images=2, size=31, seed=0)
     with pytest.raises(ValueError, match="size of at least 1, got 0"):
-        sample_cells(features, size=0, seed=0)
+        sample_cells([features], images=2, size=0, seed=0)

@@ -6,6 +6,7 @@ reconstruction scores this one. Not of the paper: the yardstick of the memory-ba
 """
 
 import itertools
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -21,32 +22,44 @@ from pushpull_jax.shapes import check_shapes
 BLOCK = 1024
 
 
-def sample_cells(features: ArrayLike, *, size: int, seed: int) -> np.ndarray:
+def sample_cells(batches: Iterable[ArrayLike], *, images: int, size: int, seed: int) -> np.ndarray:
     """Cells to store: a uniform draw without replacement from all cells of the training images, on the host.
 
     Args:
-        features: [N, h, w, C], of normal images.
+        batches: features [n,h,w,C] of normal images, batch after batch.
+        images: how many there are in all.
         size: number of cells, at least 1.
-        seed: of the draw; the cells are a function of (features, size, seed).
+        seed: of the draw; the cells are a function of (features, size, seed), however they are batched.
 
     Returns:
-        [size, C] float32, in the order of `features`.
+        [size, C] float32, in the order of the images.
 
     Raises:
         InputError: there are fewer cells than `size`; repeating some would hide how few there are.
-        ValueError: features has another number of axes, or size is below 1.
+        ValueError: features have another number of axes, or size is below 1.
     """
-    shape = check_shapes("N h w C", features=features)
-    count = shape["N"] * shape["h"] * shape["w"]
     if size < 1:
         raise ValueError(f"expected a size of at least 1, got {size}")
+    chosen, cells, first = None, [], 0
+    for batch in batches:
+        shape = check_shapes("n h w C", features=batch)
+        chosen = _draw(images, (shape["h"], shape["w"]), size, seed) if chosen is None else chosen
+        flat = np.asarray(batch).reshape(-1, shape["C"])
+        inside = chosen[(chosen >= first) & (chosen < first + len(flat))]
+        cells.append(np.asarray(flat[inside - first], np.float32))
+        first += len(flat)
+    return np.concatenate(cells)
+
+
+def _draw(images: int, grid: tuple[int, int], size: int, seed: int) -> np.ndarray:
+    """Positions of the stored cells among those of all images, ascending."""
+    count = images * grid[0] * grid[1]
     if size > count:
         raise InputError(
-            f"{size} cells cannot be drawn from {shape['N']} training images of {shape['h']}x{shape['w']} cells, "
+            f"{size} cells cannot be drawn from {images} training images of {grid[0]}x{grid[1]} cells, "
             f"which have {count}; store {count} at most"
         )
-    chosen = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
-    return np.asarray(np.asarray(features).reshape(count, shape["C"])[chosen], np.float32)
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
 
 
 def nearest_indices(features: ArrayLike, cells: ArrayLike) -> jax.Array:
