@@ -110,6 +110,8 @@ def ablate(ablation: Ablation, workdir: str | Path, *, command: Sequence[str] = 
             "hosts.processes: an ablation runs in one process, on all devices of it; start it once, and within a "
             "cluster's job with --hosts.processes 1"
         )
+    if elsewhere := sorted({run.features.keep for run in runs} - {"auto", "memory"}):
+        raise InputError(f"features.keep: an ablation keeps features in memory, not {' or '.join(elsewhere)}")
     resumed = _check_startable(folder, ablation)
     records = [read_run(run) for run in runs]
     starts = [read_start(run, None) if run.training.start else None for run in runs]

@@ -69,6 +69,17 @@ class Features:
     cell (bilinear between pixel centres where the stage is coarser than the grid)."""
     standardise: bool = False
     """Subtract mean and divide by standard deviation of the training images, a channel at a time."""
+    keep: Literal["auto", "memory", "disk", "stream"] = "auto"
+    """Where features are while it trains: in memory; in files on disk, which later runs find; or nowhere, and each
+    batch is decoded and extracted when its turn comes. auto: in memory where they fit memory_gb, otherwise nowhere. The
+    numbers are the same, up to rounding."""
+    memory_gb: float = 0.0
+    """Budget in GB (2**30 bytes) of features in memory, which at times are there three times over; 0: a quarter of the
+    free memory of the machine, or of a device where that has less."""
+    cache: str = ""
+    """Folder of the files; empty: pushpull_jax/features in the user's cache folder."""
+    prefetch: int = 2
+    """Batches that are made ready while a step runs, where features are not in memory."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +292,10 @@ class Ablation:
 
 
 # Fields that do not change the numbers but for rounding: a resumed run may change them.
-HOW_IT_RUNS = ("log.", "checkpoint.", "mesh.", "hosts.", "data.root", "compute.depthwise")
+HOW_IT_RUNS = (
+    "log.", "checkpoint.", "mesh.", "hosts.", "data.root", "compute.depthwise", "features.keep", "features.memory_gb",
+    "features.cache", "features.prefetch",
+)  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -546,8 +560,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "reconstructor.encoder_layers", "reconstructor.decoder_layers", "training.steps", "training.warmup_steps",
-    "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "hosts.processes",
-    "log.profile", "checkpoint.minutes", "seed",
+    "supervision.shots", "supervision.confetti_copies", "supervision.irrelevant_count", "features.memory_gb",
+    "features.prefetch", "hosts.processes", "log.profile", "checkpoint.minutes", "seed",
 )  # fmt: skip
 
 

@@ -10,11 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from pushpull_jax.batching import BATCH_SIZE, padded
-from pushpull_jax.confetti_noise import confetti
 from pushpull_jax.config import Config
 from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
 from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed
@@ -23,7 +20,7 @@ from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_r
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
 from pushpull_jax.errors import InputError
 from pushpull_jax.feature_bank import FeatureBank, FeatureRows
-from pushpull_jax.features import FeatureSpec, Standardisation, extract, fit_standardisation, raw
+from pushpull_jax.features import Standardisation, fit_standardisation, raw
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.progress import progress_bar, say
 from pushpull_jax.steps import Batch, Pool
@@ -226,33 +223,12 @@ def _grid_mask(config: Config, record: Record, label: Label) -> np.ndarray:
 
 
 def _confetti_examples(config: Config, bank: FeatureBank, records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Copies of training images with confetti noise: copy c of image i is drawn from the key (seed, c, i)."""
-    copies, grid = config.supervision.confetti_copies, (config.features.grid,) * 2
-    total = copies * -(-len(records) // BATCH_SIZE)
-    rows, masks = [], []
-    with progress_bar(desc="confetti", total=total, unit="batch") as bar:
-        for copy in range(copies):
-            key = jax.random.fold_in(jax.random.key(config.seed), copy)
-            program = functools.partial(_compiled_confetti(bank.spec), bank.parameters, key)
-            for batch in bank.batches(records, {}):
-                noisy, changed = padded(program, batch["index"], batch["image"], size=BATCH_SIZE)
-                rows.append(bank.add(noisy))
-                masks += [mask_to_grid(mask, grid=grid, rule=config.supervision.mask_rule) for mask in changed]
-                bar.update()
-    return _examples(config, np.concatenate(rows), mask=np.stack(masks), label=1, kind=MASK)
-
-
-@functools.cache
-def _compiled_confetti(spec: FeatureSpec):
-    """(parameters, key, indices [B], images [B,S,S,3] in 0..255) -> features [B,h,w,C] and masks [B,S,S]."""
-
-    @jax.jit
-    def program(parameters: dict, key: jax.Array, indices: jax.Array, images: jax.Array):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-        noisy, masks = jax.vmap(confetti)(keys, images / 255)
-        return extract(spec, parameters, 255 * noisy), masks
-
-    return program
+    """Copies of training images with confetti noise."""
+    grid, rule = (config.features.grid,) * 2, config.supervision.mask_rule
+    reduce = functools.partial(mask_to_grid, grid=grid, rule=rule)
+    copies = config.supervision.confetti_copies
+    rows, masks = bank.confetti_rows(records, seed=config.seed, copies=copies, reduce=reduce)
+    return _examples(config, rows, mask=masks, label=1, kind=MASK)
 
 
 def _places(config: Config, sources: int) -> list[int]:

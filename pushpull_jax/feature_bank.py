@@ -1,11 +1,10 @@
-"""Features of images, each extracted once and kept: what several sets of examples, or several runs, have in common.
+"""Features of images, each extracted once: what several sets of examples, or several runs, have in common.
 
-Features are [N,h,w,C] float32, not standardised, on the host. A row is a position among them; an image that is asked
-for twice has the row it had.
+A row is a position among the sources of features, [h,w,C] float32 each, not standardised; where they are is the store's
+affair. An image that is asked for twice has the row it had.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,50 +13,53 @@ from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.config import Data
 from pushpull_jax.conversion.tensors import Parameters
 from pushpull_jax.data.manifest import Record
-from pushpull_jax.data.pipeline import image_batches
+from pushpull_jax.extraction import Extractor, Source
+from pushpull_jax.feature_stores import OnDisk, Resident, Streamed
 from pushpull_jax.features import FeatureSpec, Standardisation, extract_all
-from pushpull_jax.hosts import divided
 from pushpull_jax.progress import progress_bar
 
 
 class FeatureBank:
-    """Rows of features by record; `add` takes features of anything else.
+    """Rows of features by what they are extracted from.
 
     Attributes:
-        spec: what is extracted.
-        parameters: of the backbone.
-        data: how images are read and resized.
+        extractor: of the features.
+        store: where they are.
     """
 
-    def __init__(self, spec: FeatureSpec, parameters: Parameters, data: Data):
-        self.spec, self.parameters, self.data = spec, parameters, data
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        parameters: Parameters,
+        data: Data,
+        *,
+        store: Callable[[Extractor], Resident | OnDisk | Streamed] = Resident,
+    ):
+        self.extractor = Extractor(spec, parameters, data)
+        self.store = store(self.extractor)
         self._rows: dict[Record, int] = {}
-        self._parts: list[np.ndarray] = []
 
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
+    @property
+    def spec(self) -> FeatureSpec:
+        """What is extracted."""
+        return self.extractor.spec
+
+    @property
+    def parameters(self) -> Parameters:
+        """Of the backbone."""
+        return self.extractor.parameters
 
     @property
     def features(self) -> np.ndarray:
-        """All features so far, [N,h,w,C] float32."""
-        if len(self._parts) != 1:
-            empty = np.zeros((0, self.spec.grid, self.spec.grid, sum(self.spec.widths)), np.float32)
-            self._parts = [np.concatenate(self._parts or [empty])]
-        return self._parts[0]
+        """All features so far, [N,h,w,C] float32, where they are kept in memory."""
+        return self.store.features
 
     def read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Features of some rows in batches [b,h,w,C] of BATCH_SIZE, the last one of what remains."""
-        for start in range(0, len(rows), BATCH_SIZE):
-            yield self.features[rows[start : start + BATCH_SIZE]]
-
-    def add(self, features: np.ndarray) -> np.ndarray:
-        """Keep features [n,h,w,C]; their rows, [n] int32."""
-        first = len(self)
-        self._parts.append(features)
-        return np.arange(first, first + len(features), dtype=np.int32)
+        return self.store.read(rows)
 
     def rows(self, records: Sequence[Record], *, what: str, dropped: dict[str, str]) -> np.ndarray:
-        """Rows of the records that can be read, in their order, [n] int32; those that are new are extracted.
+        """Rows of the records that can be read, in their order, [n] int32.
 
         Args:
             records: of images.
@@ -69,22 +71,45 @@ class FeatureBank:
         """
         new = [record for record in dict.fromkeys(records) if record not in self._rows]
         if new:
-            rows = self.add(divided(functools.partial(self._extracted, what), new, dropped))
-            read = (record for record in new if record.key not in dropped)
-            self._rows |= dict(zip(read, rows.tolist(), strict=True))
+            rows, _ = self._add([Source(record) for record in new], what, dropped, reduce=None)
+            self._rows |= {record: int(row) for record, row in zip(new, rows, strict=True) if row >= 0}
         return np.asarray([self._rows[record] for record in records if record in self._rows], np.int32)
 
-    def _extracted(self, what: str, records: Sequence[Record], dropped: dict[str, str]) -> np.ndarray:
-        """Features of the records that can be read."""
-        total = -(-len(records) // BATCH_SIZE)
-        bar = progress_bar(self.batches(records, dropped), desc=what, total=total, unit="batch")
-        return extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE)
+    def confetti_rows(
+        self, records: Sequence[Record], *, seed: int, copies: int, reduce: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [n] int32 of copies of images with confetti noise, copy by copy, and their masks [n,...].
+
+        Args:
+            records: of images that can be read; copy c of image i is drawn from the key (seed, c, i).
+            seed: of the run.
+            copies: of each image.
+            reduce: from the pixels [S,S] that noise changed to the mask that is kept.
+        """
+        sources = [Source(record, (seed, c, i)) for c in range(copies) for i, record in enumerate(records)]
+        return self._add(sources, "confetti", {}, reduce=reduce)
+
+    def _add(
+        self, sources: list[Source], what: str, dropped: dict[str, str], *, reduce: Callable | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of sources, -1 of those that cannot be read, and their masks."""
+        rows, reduced = np.full(len(sources), -1, np.int32), {}
+        with progress_bar(desc=what, total=len(sources), unit="image") as bar:
+            for positions, masks in self.store.add(sources, dropped, bar.update):
+                rows[positions] = np.arange(len(self.store) - len(positions), len(self.store))
+                if reduce is not None:
+                    reduced |= dict(zip(positions.tolist(), map(reduce, masks), strict=True))
+        return rows, None if reduce is None else np.stack([reduced[i] for i in range(len(sources))])
 
     def rows_with_masks(
         self, records: Sequence[Record], *, what: str, dropped: dict[str, str]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`rows` of images that are not yet there, their masks [n,S,S] bool, and whether these are known, [n] bool."""
-        masks, has_mask = [np.zeros((0, self.data.image_size, self.data.image_size), bool)], [np.zeros(0, bool)]
+        """`rows` of images that are not yet there, their masks [n,S,S] bool, and whether these are known, [n] bool.
+
+        For a bank that keeps features in memory.
+        """
+        size = self.extractor.data.image_size
+        masks, has_mask = [np.zeros((0, size, size), bool)], [np.zeros(0, bool)]
 
         def watched(batches: Iterator) -> Iterator:
             for batch in batches:
@@ -92,24 +117,10 @@ class FeatureBank:
                 has_mask.append(batch["has_mask"].copy())
                 yield batch
 
-        batches = watched(self.batches(records, dropped, with_masks=True))
+        batches = watched(self.extractor.images(records, dropped, with_masks=True))
         bar = progress_bar(batches, desc=what, total=-(-len(records) // BATCH_SIZE), unit="batch")
-        rows = self.add(extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE))
+        rows = self.store.append(extract_all(self.spec, self.parameters, bar, batch_size=BATCH_SIZE))
         return rows, np.concatenate(masks), np.concatenate(has_mask)
-
-    def batches(
-        self, records: Sequence[Record], dropped: dict[str, str], *, with_masks: bool = False
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of images, see `image_batches`."""
-        return image_batches(
-            records,
-            image_size=self.data.image_size,
-            batch_size=BATCH_SIZE,
-            resize=self.data.resize,
-            with_masks=with_masks,
-            on_unreadable=self.data.on_unreadable,
-            dropped=dropped,
-        )
 
 
 @dataclass(frozen=True)

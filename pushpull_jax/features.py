@@ -128,7 +128,8 @@ def _moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _compiled(spec: FeatureSpec) -> Callable[[Parameters, jax.Array], jax.Array]:
+def compiled_extract(spec: FeatureSpec) -> Callable[[Parameters, jax.Array], jax.Array]:
+    """`extract` of one specification, compiled."""
     return jax.jit(functools.partial(extract, spec))
 
 
@@ -137,6 +138,6 @@ def extract_all(
 ) -> np.ndarray:
     """Features of all batches of `pipeline.image_batches`, [N,h,w,C] float32; the last one is padded, not dropped."""
     features = [np.zeros((0, spec.grid, spec.grid, sum(spec.widths)), np.float32)]
-    program = functools.partial(_compiled(spec), parameters)
+    program = functools.partial(compiled_extract(spec), parameters)
     features.extend(padded(program, batch["image"], size=batch_size) for batch in batches)
     return np.concatenate(features)

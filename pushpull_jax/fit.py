@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ from pushpull_jax.steps import (
     State,
     make_chunk,
     make_step,
+    make_streamed_step,
     mixed_batch_indices,
     training_apply,
 )
@@ -52,6 +53,7 @@ class Program(NamedTuple):
     network: Network
     mesh: Mesh  # that batches are spread over
     chunk: Callable
+    streamed_step: Callable  # the same step, on a batch that comes from elsewhere
     residuals: Callable  # (parameters, features [B,h,w,C]) -> moments of each image's residuals, by what asks for them
     scores: Callable  # (parameters, features) -> scores [B] and peaks of the maps [B]
     learning_rate: optax.Schedule
@@ -62,7 +64,9 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
     optimizer, rate = build_optimizer(config)
     apply_fn = training_apply(network.reconstructor, jitter=config.training.jitter, precision=network.matmul_precision)
     mesh = device_mesh(data=config.mesh.data)
-    chunk = saying_memory(make_chunk(make_step(loss_fn, apply_fn, optimizer), mesh=mesh), what="a chunk of steps")
+    step = make_step(loss_fn, apply_fn, optimizer)
+    chunk = saying_memory(make_chunk(step, mesh=mesh), what="a chunk of steps")
+    streamed_step = saying_memory(make_streamed_step(step, mesh=mesh), what="a step")
 
     @jax.jit
     def residuals(parameters: dict[str, Any], features: jax.Array):
@@ -74,11 +78,18 @@ def build_program(config: Config, network: Network, loss_fn: LossFunction) -> Pr
         scored, maps = detect_features(network, parameters, features)
         return scored, peaks(network, maps)
 
-    return Program(network, mesh, chunk, residuals, scores, rate)
+    return Program(network, mesh, chunk, streamed_step, residuals, scores, rate)
 
 
 # (state, steps done, steps to do) -> state and metrics, each of the steps between; they are still on the device.
 Advance = Callable[[State, int, int], tuple[State, dict[str, Any]]]
+
+
+class Examples(Protocol):
+    """Where the batches of the steps come from."""
+
+    def opened(self, pools: Sequence[Pool], first: int) -> contextlib.AbstractContextManager[Advance]:
+        """How to do steps from `first` on, in chunks of at most log.every, on batches that are drawn from pools."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,6 @@ class ResidentExamples:
     examples: Batch
 
     def opened(self, pools: Sequence[Pool], first: int) -> contextlib.AbstractContextManager[Advance]:
-        """How to do steps from `first` on, in chunks of at most log.every, on batches that are drawn from pools."""
-
         def advance(state: State, first: int, last: int) -> tuple[State, dict[str, Any]]:
             indices = chunk_indices(self.config, pools, first, last)
             return self.program.chunk(state, self.examples, indices, jax.random.key(self.config.seed))
@@ -102,7 +111,7 @@ class ResidentExamples:
 def fit(
     config: Config,
     program: Program,
-    examples: ResidentExamples,
+    examples: Examples,
     pools: Sequence[Pool],
     folder: Path,
     *,
@@ -183,7 +192,7 @@ def cross_fit(
     config: Config,
     program: Program,
     frozen: dict[str, Any],
-    examples: ResidentExamples,
+    examples: Examples,
     pools: Sequence[Pool],
     *,
     normal: FeatureRows,

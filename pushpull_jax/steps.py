@@ -167,6 +167,25 @@ def make_chunk(
     return chunk
 
 
+def make_streamed_step(step: Callable, *, mesh: Mesh) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
+    """One compiled step on a batch that is spread over a mesh already, where `make_chunk` chooses it on the devices.
+
+    Args:
+        step: of `make_step`.
+        mesh: over whose axis "data" batches come spread.
+
+    Returns:
+        (state, batch, key) -> (state, metrics). The state is donated, and comes back replicated. The key of the step
+        is `key` folded with its number, as that of `make_chunk`.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
+    def streamed(state: State, batch: Batch, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        return step(state, batch, jax.random.fold_in(key, state.step))
+
+    return streamed
+
+
 def _filled(chosen: jax.Array, mesh: Mesh | None) -> jax.Array:
     """A row of indices, filled up with 0 to a multiple of the devices that a batch is spread over."""
     return chosen if mesh is None else jnp.pad(chosen, (0, -len(chosen) % mesh.shape["data"]))

@@ -5,6 +5,7 @@ or on all of them where the threshold is cross-fitted; and on whatever anomalies
 command continues a run that was stopped, to the same numbers.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,9 +26,13 @@ from pushpull_jax.detector import Network, build_network, initial_state, load_fr
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.examples import RunRecords, TrainingData, prepare, read_run
+from pushpull_jax.extraction import Extractor
 from pushpull_jax.feature_bank import FeatureBank
+from pushpull_jax.feature_stores import OnDisk, Resident, Streamed, choose_store
 from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import (
+    Examples,
+    Program,
     ResidentExamples,
     build_program,
     cross_fit,
@@ -42,6 +47,7 @@ from pushpull_jax.progress import say
 from pushpull_jax.resources import devices_line
 from pushpull_jax.start import check_start, read_start
 from pushpull_jax.steps import LossFunction
+from pushpull_jax.streaming import StreamedExamples
 from pushpull_jax.weights import backbone_metadata, load_backbone, save_parameters
 
 
@@ -113,7 +119,9 @@ def _trained(
         backbone, parameters = load_backbone(config.features.backbone, weights=config.features.weights or None)
         network = build_network(config, backbone=backbone, reconstructor=reconstructor)
         frozen = {"backbone": parameters}
-    bank = FeatureBank(network.features, frozen["backbone"], config.data)
+    bank = FeatureBank(
+        network.features, frozen["backbone"], config.data, store=functools.partial(_store, config, records)
+    )
     known = Standardisation(**frozen["standardisation"]) if "standardisation" in frozen else None
     data = prepare(config, bank, records, standardisation=known)
     hosts.check_same("data", data.summary)
@@ -140,7 +148,7 @@ def _trained(
     first = start.parameters if start else None
     normal, held = data.features(bank, data.normal), data.features(bank, data.held)
     program = build_program(config, network, loss_fn or configured_loss(config, network, first, normal))
-    examples = ResidentExamples(config, program, replicate(data.batch(bank), program.mesh))
+    examples = _examples(config, program, data, bank)
     state = fit(config, program, examples, data.pools, folder, normal=normal, start=first)
     trained = frozen | {"reconstructor": state.parameters}
     sums = residual_sums(program, trained, data.features(bank, np.concatenate([data.normal, data.held])))
@@ -172,6 +180,21 @@ def _write_anew(folder: Path, config: Config) -> None:
 def _computed_on(config: Config) -> dict[str, Any]:
     """Where and in what a run is computed."""
     return computed_on() | asdict(config.compute)
+
+
+def _store(config: Config, records: RunRecords, extractor: Extractor) -> Resident | OnDisk | Streamed:
+    """Where the features of a run are while it trains; it is said, and why."""
+    images = len(records.labelled) + len(records.irrelevant)
+    images += len(records.normal) * (1 + config.supervision.confetti_copies)
+    store, why = choose_store(config, images, extractor)
+    say(why)
+    return store
+
+
+def _examples(config: Config, program: Program, data: TrainingData, bank: FeatureBank) -> Examples:
+    if isinstance(bank.store, Resident):
+        return ResidentExamples(config, program, replicate(data.batch(bank), program.mesh))
+    return StreamedExamples(config, program, bank.store, data.standardisation, data.examples)
 
 
 def _say_if_bits_differ(folder: Path, config: Config) -> None:
@@ -227,6 +250,7 @@ def _with_absolute_paths(config: Config) -> Config:
     return replace(
         config,
         data=replace(config.data, root=absolute(config.data.root)),
+        features=replace(config.features, cache=absolute(config.features.cache)),
         training=replace(config.training, start=absolute(config.training.start)),
         supervision=config.supervision
         if config.supervision.irrelevant == "cifar100"

@@ -135,13 +135,24 @@ def fingerprint(records: Sequence[Record]) -> str:
     """
     digest = hashlib.sha256()
     for record in sorted(records, key=lambda record: record.key):
-        masks = [_file_digest(mask) for mask in mask_files(record)]
+        masks = [file_digest(mask) for mask in mask_files(record)]
         # One mask stands by itself, none is null: digests of data sets without several stay what they were.
         mask = masks if len(masks) > 1 else next(iter(masks), None)
-        entry = [record.key, record.label, record.defect_type, record.split, _file_digest(record.image), mask]
+        entry = [record.key, record.label, record.defect_type, record.split, file_digest(record.image), mask]
         # One JSON array a line: no two different records have the same bytes.
         digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
+
+
+def file_digest(path: str | Stored) -> str:
+    """SHA-256 of the contents of a file; InputError where it cannot be read."""
+    if isinstance(path, Stored):
+        return hashlib.sha256(path.read()).hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _permuted(records: Sequence[Record], seed: int) -> tuple[list[Record], list[int]]:
@@ -156,13 +167,3 @@ def _permuted(records: Sequence[Record], seed: int) -> tuple[list[Record], list[
 def _parted(normal: list[Record], *, held: set[int]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     fit = tuple(record for position, record in enumerate(normal) if position not in held)
     return fit, tuple(normal[position] for position in sorted(held))
-
-
-def _file_digest(path: str | Stored) -> str:
-    if isinstance(path, Stored):
-        return hashlib.sha256(path.read()).hexdigest()
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error

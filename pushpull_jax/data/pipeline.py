@@ -8,7 +8,7 @@ order of the records. A file that cannot be used is an InputError of ours that n
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
@@ -79,7 +79,7 @@ def image_batches(
             failed[int(position)] = str(error)
         return np.bool_(int(position) not in failed), image, mask, np.bool_(has_mask)
 
-    dataset = _dataset(example, len(records), image_size, batch_size, with_masks, threads or _cores())
+    dataset = _dataset(example, len(records), image_size, batch_size, with_masks, threads or cores())
     return _batches(dataset, records, failed, on_unreadable, dropped)
 
 
@@ -109,7 +109,7 @@ def check_readable(
     _check_choice(on_unreadable)
     records = tuple(records)
     failed: dict[int, str] = {}
-    with ThreadPoolExecutor(threads or _cores()) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         for position, reason in enumerate(pool.map(_fault, records)):
             if reason is not None:
                 failed[position] = reason
@@ -117,6 +117,55 @@ def check_readable(
                 progress(position + 1, len(records))
     _report(records, failed, on_unreadable, dropped)
     return tuple(record for position, record in enumerate(records) if position not in failed)
+
+
+def read_in_order(
+    load: Callable[[int], np.ndarray],
+    order: Iterable[int],
+    *,
+    shape: tuple[int, ...],
+    batch_size: int,
+    prefetch: int,
+    threads: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Arrays that are loaded one by one, several at a time, in batches that are ready before they are asked for.
+
+    Args:
+        load: from an item of `order` to an array, float32; it is called in threads.
+        order: what to load; gone through in a thread, and no further than is needed.
+        shape: of an array.
+        batch_size: B.
+        prefetch: batches that are ready at most.
+        threads: arrays loaded at a time; by default one a core.
+
+    Yields:
+        [B, *shape] float32, in order, the last one of what remains. The arrays are read-only.
+
+    Raises:
+        Exception: the first one that `load` raised, at once.
+    """
+    tf, failed = _tensorflow(), []
+
+    def loaded(item: np.ndarray) -> np.ndarray:
+        try:
+            return load(int(item))
+        except Exception as error:  # it would come out of tensorflow as one of its own
+            failed.append(error)
+            return np.zeros(shape, np.float32)
+
+    def array(item):
+        result = tf.numpy_function(loaded, [item], tf.float32)
+        result.set_shape(shape)
+        return result
+
+    plain = tf.autograph.experimental.do_not_convert
+    dataset = tf.data.Dataset.from_generator(lambda: iter(order), output_signature=tf.TensorSpec((), tf.int64))
+    dataset = dataset.map(plain(array), num_parallel_calls=threads or cores(), deterministic=True)
+    dataset = dataset.batch(batch_size)
+    for batch in (dataset.prefetch(prefetch) if prefetch else dataset).as_numpy_iterator():
+        if failed:
+            raise failed[0]
+        yield batch
 
 
 @cache
@@ -200,5 +249,6 @@ def _check_choice(on_unreadable: str) -> None:
         raise InputError(f'on_unreadable must be "stop" or "skip", got {on_unreadable!r}')
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
