@@ -56,7 +56,8 @@ class FeatureCache:
     def check(self, path: Path, *, size: int) -> tuple[bool, np.ndarray | None]:
         """Whether a file is there and whole, and its mask [S,S] bool, S being `size`."""
         try:
-            with np.load(path) as arrays:
+            # Opened here: np.load leaves a file open that it cannot read.
+            with open(path, "rb") as file, np.load(file) as arrays:
                 read = {name: arrays[name] for name in arrays.files}  # which is when the CRC is checked
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return False, None
