@@ -249,7 +249,7 @@ def test_only_what_changed_is_extracted_again(config, root, tmp_path, decoded):
     "change",
     [
         {"data.resize": "letterbox"}, {"data.image_size": 96}, {"features.stages": (3,)}, {"features.grid": 4},
-        {"features.resample": "area"},
+        {"features.resample": "area"}, {"compute.matmul_precision": "highest"},
     ],
 )  # fmt: skip
 def test_another_preprocessing_misses_the_cache(change, config):
@@ -269,9 +269,11 @@ def test_another_weight_code_or_backbone_convention_misses_the_cache(config, mon
     digests.append(extraction_digest(replace(extractor, parameters=parameters)))
     backbone = replace(extractor.spec.backbone, mean=(127.0, 127.0, 126.0))
     digests.append(extraction_digest(replace(extractor, spec=extractor.spec._replace(backbone=backbone))))
+    backbone = extractor.spec.backbone.computing_in("bfloat16", matmul_precision="default", depthwise="auto")
+    digests.append(extraction_digest(replace(extractor, spec=extractor.spec._replace(backbone=backbone))))
     monkeypatch.setattr(feature_cache, "_CODE", feature_cache._CODE[1:])
     digests.append(extraction_digest(extractor))
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == 5
 
 
 def test_a_killed_extraction_goes_on(config, tmp_path, decoded, monkeypatch):
