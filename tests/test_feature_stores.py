@@ -277,7 +277,7 @@ def test_another_weight_code_or_backbone_convention_misses_the_cache(config, mon
 
 
 def test_a_killed_extraction_goes_on(config, tmp_path, decoded, monkeypatch):
-    """The process dies while it writes the seventh file; a real kill is in test_faults.py."""
+    """The process dies while it writes the seventh file."""
     records, store = normal_records(config), functools.partial(OnDisk, folder=tmp_path)
     write, written = feature_cache.write_bytes, []
 
