@@ -34,6 +34,7 @@ _HOME = {
     "init_state": "steps",
     "make_step": "steps",
     "make_chunk": "steps",
+    "inspect": "inspection",
     "evaluate": "evaluation",
     "predict": "prediction",
     "calibrate": "recalibration",

@@ -406,7 +406,8 @@ def inspect(arguments: list[str]) -> None:
 
         write_contact_sheet(chosen.html, inspection)
         print(f"contact sheet: {chosen.html}", file=sys.stderr)
-    sys.exit(1 if inspection.errors else 0)
+    if inspection.errors:
+        sys.exit(1)
 
 
 def demo(arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pushpull_jax.config import Config
+from pushpull_jax.config import FILE_SOURCES, Config
 from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
 from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed
 from pushpull_jax.data.pipeline import check_readable
@@ -88,7 +88,7 @@ def read_run(config: Config) -> RunRecords:
     if supervision.irrelevant:
         count = supervision.irrelevant_count or len(normal)
         # A folder of prepared data holds CIFAR-100 too; any other root holds nothing of it.
-        is_plain = config.data.source in ("mvtec_ad", "classes") or is_extracted_visa(config.data.root)
+        is_plain = config.data.source in FILE_SOURCES or is_extracted_visa(config.data.root)
         prepared = "" if is_plain else config.data.root
         irrelevant = read_irrelevant(supervision.irrelevant, count=count, seed=config.seed, root=prepared)
         own = {os.path.realpath(record.image) for record in records if isinstance(record.image, str)}

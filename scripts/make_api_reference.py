@@ -21,7 +21,8 @@ PARTS = {
     "Metrics": ("image_auroc", "pixel_auroc", "average_precision", "f1_max", "aupro"),
     "Networks and training": ("Reconstructor", "load_backbone", "init_state", "make_step", "make_chunk"),
     "Programs": (
-        "Config", "load_config", "train", "evaluate", "load", "Detector", "predict", "calibrate", "InputError",
+        "Config", "load_config", "inspect", "train", "evaluate", "load", "Detector", "predict", "calibrate",
+        "InputError",
     ),
 }  # fmt: skip
 OUTPUT = Path(__file__).parents[1] / "docs" / "api.md"

@@ -48,7 +48,7 @@ def listed(path: Path):
     return pytest.param(path, id=path.stem, marks=[] if path.stem == "own_folder" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("guide", map(listed, GUIDES))
+@pytest.mark.parametrize("guide", [listed(guide) for guide in GUIDES])
 def test_every_block_runs(guide, photographs, tmp_path, monkeypatch, capsys):
     (tmp_path / "photographs").symlink_to(photographs)
     monkeypatch.chdir(tmp_path)
