@@ -399,8 +399,11 @@ def inspect(arguments: list[str]) -> None:
     from pushpull_jax.inspection import inspect
     from pushpull_jax.inspection_table import as_values, text_table
 
+    if chosen.html is not None and (chosen.html.is_dir() or not chosen.html.absolute().parent.is_dir()):
+        raise InputError(f"--html {chosen.html}: expected a file in a folder that exists")
     inspection = inspect(chosen.root, source=chosen.source, category=chosen.category)
-    print(json.dumps(as_values(inspection), indent=2) if chosen.json else text_table(inspection))
+    text = json.dumps(as_values(inspection), indent=2) if chosen.json else text_table(inspection)
+    print(text.encode("utf-8", "replace").decode())  # a file name may hold bytes that are no UTF-8
     if chosen.html is not None:
         from pushpull_jax.contact_sheet import write_contact_sheet
 

@@ -1,5 +1,6 @@
 """An inspection for the terminal, and as plain values for JSON."""
 
+import shlex
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -34,6 +35,10 @@ def text_table(inspection: Inspection) -> str:
             lines.append(f"  and {len(problems) - _SHOWN} more, which --json and --html list")
     warnings = len(inspection.problems) - inspection.errors
     lines += ["", f"{_count(inspection.errors, 'error')}, {_count(warnings, 'warning')}"]
+    if not inspection.errors:
+        category = layout.categories[0] if len(layout.categories) == 1 else "CATEGORY"
+        data = f"--data.source {layout.source} --data.root {shlex.quote(str(layout.root))}"
+        lines += [f"pushpull train quick {data} --data.category {shlex.quote(category)} --workdir DIR"]
     return "\n".join(lines)
 
 

@@ -204,6 +204,30 @@ def test_layouts_that_cannot_be_told(tmp_path):
         recognise(tmp_path / "nowhere")
 
 
+def test_the_command_that_trains_is_told(root, monkeypatch, capsys):
+    expected = f"pushpull train quick --data.source mvtec_ad --data.root {root} --data.category nut --workdir DIR\n"
+    assert run(monkeypatch, capsys, root / "nut")[1].out.endswith(f"0 errors, 0 warnings\n{expected}")
+    spoil(root)
+    assert "pushpull train" not in run(monkeypatch, capsys, root)[1].out
+
+
+def test_file_names_that_are_no_text(tmp_path, monkeypatch, capsys):
+    odd = os.fsdecode(b"\xff.png")
+    for name in ("good/a.png", "good/b.png", f"good/{odd}", f"bad/{odd}"):
+        save(tmp_path / "nut" / name, pixels(len(name)))
+    (tmp_path / "nut/good" / odd).write_text("no image")
+    for options in ([], ["--json"], ["--html", tmp_path / "sheet.html"]):
+        code, said = run(monkeypatch, capsys, tmp_path, *options)
+        assert code == 1 and said.out.encode() and "unreadable" in said.out
+
+
+def test_a_sheet_that_cannot_be_written_is_said_first(root, monkeypatch, capsys):
+    for sheet in (root, root / "nowhere" / "sheet.html"):
+        code, said = run(monkeypatch, capsys, root, "--html", sheet)
+        assert code == 1 and f"--html {sheet}: expected a file in a folder that exists" in said.err
+        assert not said.out and "reading" not in said.err
+
+
 def test_areas_are_written_to_two_figures():
     assert [percent(share) for share in (0.00123, 0.0456, 0.1, 0.256)] == ["0.12 %", "4.6 %", "10 %", "26 %"]
 

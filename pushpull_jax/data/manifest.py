@@ -8,6 +8,7 @@ command line can read a manifest quickly.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -117,7 +118,7 @@ def share_for_test(keys: Iterable[str]) -> frozenset[str]:
     Returns:
         round(n / 5) of n keys, at least one of two or more.
     """
-    ordered = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
+    ordered = sorted(keys, key=lambda key: hashlib.sha256(os.fsencode(key)).digest())
     return frozenset(ordered[: max(round(len(ordered) / 5), 1 if len(ordered) > 1 else 0)])
 
 
