@@ -40,7 +40,7 @@ def write_contact_sheet(path: str | os.PathLike, inspection: Inspection) -> None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         page = string.Template(template).substitute(
             title=_text(layout.root.name),
-            summary=f"{_text(layout.name)}, told {_text(layout.reason)}",
+            summary=f"{_text(layout.name)}, {_text(layout.reason)}",
             cards=_cards(inspection),
             problems=_problems(inspection, pool),
             counts=_counts(inspection),

@@ -15,7 +15,7 @@ def text_table(inspection: Inspection) -> str:
     layout, records = inspection.layout, inspection.records
     masks = sum(record.mask is not None for record in records)
     lines = [
-        f"{layout.root}: {layout.name} ({layout.source}), told {layout.reason}",
+        f"{layout.root}: {layout.name} ({layout.source}), {layout.reason}",
         f"{len(records)} images, {masks} with masks, in {len(layout.categories)} "
         f"{'category' if len(layout.categories) == 1 else 'categories'}",
         "",
@@ -62,7 +62,7 @@ def as_values(inspection: Inspection) -> dict[str, Any]:
     return {
         "root": str(layout.root),
         "layout": layout.source,
-        "told": layout.reason,
+        "recognised": layout.reason,
         "images": len(inspection.records),
         "groups": groups,
         "sizes": [{"size": size, "stored": stored, "images": n} for size, stored, n in inspection.sizes()],

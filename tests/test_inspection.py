@@ -65,7 +65,11 @@ def test_a_sound_data_set(root, monkeypatch, capsys):
     found = inspect(root)
     assert found.problems == () and found.errors == 0
     values = as_values(found)
-    assert (values["layout"], values["told"], values["images"]) == ("mvtec_ad", "by nut/train/good/", 8)
+    assert (values["layout"], values["recognised"], values["images"]) == (
+        "mvtec_ad",
+        "recognised by nut/train/good/",
+        8,
+    )
     bent = {"category": "nut", "split": "test", "defect_type": "bent", "label": 1, "images": 2, "masks": 2}
     # 12 and 24 of 48 rows.
     assert values["groups"][2] == bent | {"area": {"least": 0.25, "median": 0.375, "most": 0.5}}

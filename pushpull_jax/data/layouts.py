@@ -64,7 +64,7 @@ def recognise(root: str | os.PathLike, *, source: Source | None = None, category
     if not path.is_file():
         path = existing_folder(path)
     if source is not None:
-        return _chosen(path, source, category, "as was said")
+        return _chosen(path, source, category, "as --source says")
     found = _signs(path)
     if not found and not path.is_file():
         found, own = _signs_of_category(path), path.name
@@ -76,7 +76,9 @@ def recognise(root: str | os.PathLike, *, source: Source | None = None, category
         raise InputError(f"{root}: more than one layout fits: {told}. Say which it is: --source NAME")
     ((name, sign),) = found.items()
     table = path / sign
-    return _chosen(table if name == "manifest" and not path.is_file() else path, name, category, f"by {sign}")
+    return _chosen(
+        table if name == "manifest" and not path.is_file() else path, name, category, f"recognised by {sign}"
+    )
 
 
 def _chosen(path: Path, source: Source, category: str | None, reason: str) -> Layout:
