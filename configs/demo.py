@@ -2,7 +2,7 @@
 
     pushpull demo
 
-Data: drawn by the program. Verified here: whole, seed 0 (docs/experiments.md, section 15).
+Data: drawn by the program. Verified here: seeds 0 and 1, whole (docs/experiments.md, section 15).
 
 Of 120 good parts 19 are held out, the fewest that can promise a false-positive rate of 5 %. A grid of half the side and
 a quarter of the images in all are enough for these parts; `quick` itself takes four times as long.
