@@ -51,7 +51,7 @@ from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.progress import progress_bar, say
 from pushpull_jax.scored import Scored, with_pixels
 from pushpull_jax.start import Start, check_start, read_start
-from pushpull_jax.steps import State
+from pushpull_jax.steps import State, learning_rates
 from pushpull_jax.streaming_metrics import ExactPixels
 from pushpull_jax.weights import load_backbone
 from pushpull_jax.whitening import Moments
@@ -277,8 +277,7 @@ def _settings(member: Member, units: np.ndarray, most: int) -> Settings:
     }
     return Settings(
         seed=np.uint32(config.seed),
-        rates=np.asarray(jax.vmap(rate)(np.arange(max(training.steps, 1))), np.float32)
-        * np.ones(max(training.steps, 1), np.float32),
+        rates=learning_rates(rate, max(training.steps, 1)),
         weight_decay=np.float32(training.weight_decay),
         clip_norm=np.float32(training.clip_norm),
         jitter=np.float32(training.jitter),

@@ -88,7 +88,7 @@ class Checkpoints:
         Raises:
             OSError: this write or the one before it failed, as where the disk is full.
         """
-        copied = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+        copied = jax.tree.map(np.array, jax.device_get(state))
         tree = copied._asdict() | {_DIGEST: _digest(copied)}
         self._saved_at = time.monotonic()
         with _writing(self._folder):

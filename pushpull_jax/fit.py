@@ -37,6 +37,7 @@ from pushpull_jax.steps import (
     LossFunction,
     Pool,
     State,
+    learning_rates,
     make_chunk,
     make_step,
     make_streamed_step,
@@ -101,9 +102,12 @@ class ResidentExamples:
     examples: Batch
 
     def opened(self, pools: Sequence[Pool], first: int) -> contextlib.AbstractContextManager[Advance]:
+        mesh = self.program.mesh
+        key = replicate(jax.random.key(self.config.seed), mesh)
+
         def advance(state: State, first: int, last: int) -> tuple[State, dict[str, Any]]:
-            indices = chunk_indices(self.config, pools, first, last)
-            return self.program.chunk(state, self.examples, indices, jax.random.key(self.config.seed))
+            indices = replicate(chunk_indices(self.config, pools, first, last), mesh)
+            return self.program.chunk(state, self.examples, indices, key)
 
         return contextlib.nullcontext(advance)
 
@@ -152,6 +156,7 @@ def fit(
                 files.write_lines(log, rows)
         is_shown = config.log.tensorboard and is_first()
         scalars = training_scalars(folder / files.TENSORBOARD / "train", rows, is_wanted=is_shown)
+        rates = learning_rates(program.learning_rate, steps)
         bar = progress_bar(desc="training", total=steps, initial=step, unit="step")
         with bar, scalars as show, examples.opened(pools, step) as advance:
             while step < steps:
@@ -159,7 +164,7 @@ def fit(
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
                 state, metrics = advance(state, step, last)
                 row = {"step": last, **_means(metrics, step, last, config)}
-                row["learning_rate"] = float(program.learning_rate(last - 1))
+                row["learning_rate"] = float(rates[last - 1])
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
                 if is_first():
                     files.append_line(log, row)

@@ -62,10 +62,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, P())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    # device_put would gather what all processes have, and compare it.
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf)), tree
-    )
+
+    def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)))
+        # device_put would gather what all processes have, and compare it.
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
+
+    return jax.tree.map(place, tree)
 
 
 def on_one_device(tree: Any) -> Any:

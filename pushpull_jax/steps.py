@@ -63,6 +63,11 @@ def make_optimizer(
     return clipped_adamw(rate, weight_decay=weight_decay, clip_norm=clip_norm), rate
 
 
+def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
+    """The learning rate of each step, [steps] float32."""
+    return np.broadcast_to(np.asarray(schedule(np.arange(steps)), np.float32), (steps,))
+
+
 def clipped_adamw(
     rate: optax.Schedule, *, weight_decay: jax.Array | float, clip_norm: jax.Array | float
 ) -> optax.GradientTransformation:

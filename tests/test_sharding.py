@@ -1,5 +1,6 @@
 """One program on one device and on several: the same losses, gradients and weights, to the rounding of float32."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,31 @@ def test_the_loop_reads_the_device_once_a_chunk(config, tmp_path, monkeypatch):
     loop = reads[: len(reads) - reads[::-1].index("chunk") + 1]
     assert [read for read in loop if read == "chunk"] == ["chunk"] * 3
     assert "".join(loop)[-len("chunkread" * 3) :] == "chunkread" * 3
+
+
+def test_nothing_is_transferred_unasked_in_the_loop(config, tmp_path, monkeypatch):
+    """On eight devices, from the first chunk on; the guard does not see what comes from a CPU's devices."""
+    chunks, guard, build, fit = [], contextlib.ExitStack(), fit_module.build_program, fit_module.fit
+
+    def guarded(*arguments):
+        program = build(*arguments)
+
+        def chunk(*inputs):
+            if not chunks:
+                guard.enter_context(jax.transfer_guard("disallow"))
+            chunks.append(1)
+            return program.chunk(*inputs)
+
+        return program._replace(chunk=chunk)
+
+    def unguarded_after(*arguments, **options):
+        with guard:
+            return fit(*arguments, **options)
+
+    monkeypatch.setattr("pushpull_jax.training.build_program", guarded)
+    monkeypatch.setattr("pushpull_jax.training.fit", unguarded_after)
+    train(replace(config, mesh=Mesh(data=-1)), tmp_path / "run")
+    assert len(chunks) == 3
 
 
 @pytest.mark.parametrize(
