@@ -142,12 +142,13 @@ def fit(
     saved = Checkpoints(folder / files.CHECKPOINTS, keep=config.checkpoint.keep, minutes=config.checkpoint.minutes)
     profile = Profile(folder / files.PROFILE, steps=config.log.profile)
     with sigterm_noted() as notice, saved as checkpoints, profile:
-        state = first_state(config, program.network, normal, start)
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
+            state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, program.network)))
             checkpoints.discard_after(int(state.step))  # damaged ones
-        elif not steps:
-            checkpoints.save(state)
+        else:
+            state = first_state(config, program.network, normal, start)
+            if not steps:
+                checkpoints.save(state)
         state = replicate(state, program.mesh)
         step, log = int(state.step.addressable_data(0)), folder / files.LOG
         rows = [row for row in files.read_lines(log) if row["step"] <= step]
