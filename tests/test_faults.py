@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from pushpull_jax import cli, feature_bank
+from pushpull_jax import cli, extraction
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import load_config
 from pushpull_jax.data.demo import write_demo
@@ -181,7 +181,7 @@ def test_a_run_that_is_told_to_stop_outside_of_its_training(config_file, uninter
         assert said.splitlines()[-1] == "pushpull train: told to stop; the same command goes on from there"
         assert "Traceback" not in said and not list(tmp_path.rglob("*.part"))
 
-    told(feature_bank, "extract_all", lambda *_: True)
+    told(extraction, "padded", lambda *_: True)
     assert not workdir.exists()
     told(os, "replace", lambda _, to: Path(to).name == "threshold.json")
     assert logged(workdir) == STEPS // LOG_EVERY and not (workdir / "threshold.json").exists()
