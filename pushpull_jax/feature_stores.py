@@ -26,8 +26,8 @@ from pushpull_jax.extraction import Extractor, Source, compiled_stream, features
 from pushpull_jax.feature_cache import FeatureCache
 from pushpull_jax.features import FeatureSpec, Standardisation
 from pushpull_jax.hosts import divided, exchange
-from pushpull_jax.memory import free_host_memory, free_memory
 from pushpull_jax.mesh import replicate
+from pushpull_jax.resources import free_host_memory, free_memory
 from pushpull_jax.user_cache import cache_folder
 
 # Of the free memory, where the config names no budget: features in memory are there three times for a while, as they

@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from pushpull_jax.detector import Network, detect_features
 from pushpull_jax.features import Standardisation
-from pushpull_jax.memory import free_memory
 from pushpull_jax.objectives import push_pull, squared
-from pushpull_jax.resources import needed_memory
+from pushpull_jax.resources import free_memory, needed_memory
 from pushpull_jax.steps import (
     Batch,
     LossFunction,

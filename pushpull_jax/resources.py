@@ -1,4 +1,7 @@
-"""What a run has of its machine and what it takes, as single lines for its log: devices and memory."""
+"""What a run has of its machine and what it takes: devices and memory, in bytes, and as single lines for its log.
+
+An accelerator tells of its memory itself; that of a CPU is the machine's, as Linux tells it.
+"""
 
 import functools
 import os
@@ -44,6 +47,20 @@ def saying_memory(program: Callable, *, what: str) -> Callable:
         return result
 
     return call
+
+
+def free_memory(device: jax.Device) -> tuple[int, str]:
+    """Bytes that are free for a device, and whose they are; fake devices of a CPU share the machine's."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0), "the device's free memory"
+    return free_host_memory() // len(jax.local_devices()), "the machine's free memory, by device"
+
+
+def free_host_memory() -> int:
+    """Bytes that a program on this machine may take without swapping."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 def needed_memory(compiled: Any) -> int:

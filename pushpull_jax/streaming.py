@@ -21,6 +21,7 @@ from pushpull_jax.config import Config
 from pushpull_jax.feature_stores import OnDisk, Streamed
 from pushpull_jax.features import Standardisation
 from pushpull_jax.fit import Advance, Program
+from pushpull_jax.mesh import replicate
 from pushpull_jax.steps import WEIGHT, Batch, Pool, State, mixed_batch_indices
 
 Item = TypeVar("Item")
@@ -49,7 +50,7 @@ class StreamedExamples:
     @contextlib.contextmanager
     def opened(self, pools: Sequence[Pool], first: int) -> Iterator[Advance]:
         """See `fit.Examples`."""
-        key = jax.random.key(self.config.seed)
+        key = replicate(jax.random.key(self.config.seed), self.program.mesh)
         batches = self.batches(pools, first)
 
         def advance(state: State, first: int, last: int) -> tuple[State, dict[str, Any]]:

@@ -28,7 +28,7 @@ LAYERS = (
     "models.efficientnet", "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",
     "confetti_noise", "batching", "calibration", "streaming_metrics", "metrics", "ranking", "compilation_cache",
     "whitening", "scoring", "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources",
-    "user_cache", "memory", "progress", "config", "errors",
+    "user_cache", "progress", "config", "errors",
 )  # fmt: skip
 
 
