@@ -100,15 +100,21 @@ def _write_parts(folder: Path, source: Path, detector: Detector) -> dict[str, An
     save_parameters(folder / WEIGHTS, detector.parameters, metadata=run["backbone"])
     shutil.copyfile(export_example.__file__, folder / EXAMPLE)
     if (source / files.METRICS).is_file():
-        shutil.copyfile(source / files.METRICS, folder / files.METRICS)
+        files.write_json(folder / files.METRICS, _without_reasons(files.read_json(source / files.METRICS)))
     names = ("threshold", "map_threshold", "false_positive_rate", "note")
-    rest = {name: run[name] for name in ("data", "backbone", "loss", "reconstructor", "versions", "computed_on")}
+    rest = {name: run[name] for name in ("backbone", "loss", "reconstructor", "versions", "computed_on")}
     rest |= {
+        "data": _without_reasons(run["data"]),
         "thresholds": {name: threshold[name] for name in names} | {"tile": threshold.get("tile")},
         "exported": {"platforms": PLATFORMS, "versions": files.versions()},
     }
     files.write_config(folder, _without_folders(config), **rest)
     return files.read_json(folder / files.CONFIG)
+
+
+def _without_reasons(values: dict[str, Any]) -> dict[str, Any]:
+    """Which files were left out, but not why: a reason names the file by its whole path."""
+    return values | {"left_out": sorted(values["left_out"])}
 
 
 def _without_folders(config: Config) -> Config:

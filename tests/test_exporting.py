@@ -32,6 +32,7 @@ SIZE = 64
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_demo(folder, train=6, good=1, per_defect=1, size=SIZE)
+    (folder / "flange/train/good/broken.png").write_bytes(b"left out, for a reason that names it by its whole path")
     return folder
 
 
@@ -39,7 +40,7 @@ def root(tmp_path_factory) -> Path:
 def run(root, tmp_path_factory) -> Path:
     """The network that is traced and compiled fastest, with all that a score can have, on letterboxes."""
     config = Config(
-        data=Data(root=str(root), category="flange", image_size=SIZE, resize="letterbox"),
+        data=Data(root=str(root), category="flange", image_size=SIZE, resize="letterbox", on_unreadable="skip"),
         features=Features(backbone="pixels", stages=(3,), grid=8, standardise=True),
         reconstructor=Reconstructor(width=16, heads=2, hidden=16, encoder_layers=1, decoder_layers=0, fold=2),
         training=Training(steps=1, batch_size=2),
@@ -241,13 +242,15 @@ def test_lite0_agrees_on_all_of_bottle(shared_data, tmp_path):
     artefact = read_artefact(export_detector(detector))
     paths = find_samples(shared_data / "mvtec_ad_256/bottle/test")
     assert len(paths) == 83
-    native = np.stack([decode_image(path) for path in find_samples(shared_data / "mvtec_ad_native/bottle")])
+    large = [decode_image(path) for path in find_samples(shared_data / "mvtec_ad_native/bottle")]
+    native = np.stack((large * 2)[:16])
     resized = np.rint([resize_image(image, size=256) for image in native]).astype(np.uint8)
     for images in (np.stack([decode_image(path) for path in paths]), native, resized):
         scores, maps = detector(images)
         for size in (1, 3, 16):
-            for start in range(0, len(images) - size + 1, size):
-                part = slice(start, start + size)
+            for start in range(0, len(images), size):
+                first = min(start, len(images) - size)  # the last batch is as large as the others
+                part = slice(first, first + size)
                 found, found_maps = artefact(images[part])
                 np.testing.assert_allclose(found, scores[part], rtol=1e-4)
                 np.testing.assert_allclose(found_maps, maps[part], atol=1e-4 * maps[part].max())
