@@ -2,25 +2,22 @@
 
 A member is one trained and scored run of the grid, as a dict: member and group (numbers), settings (the fields that
 vary, by dotted names), metrics (shares in 0..1, nan where there is no answer) and loss (pairs of step and loss). M
-members, L lines of members that differ in nothing but `seed`. Page, style and script are `templates/ablation.html`;
-nothing is loaded from anywhere, and every text that comes from outside is escaped.
+members, L lines of members that differ in nothing but `seed`. The page is `templates/ablation.*`, filled in by `page`;
+every text that comes from outside is escaped.
 """
 
 import csv
-import html
 import io
 import json
 import math
 import os
-import string
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from pushpull_jax import charts
-from pushpull_jax.workdir import write_bytes
+from pushpull_jax.page import absent, escape, pair_rows, write_page
 
 _SEED = "seed"
 _DATA = "data."  # opens the names of the fields that choose the test images
@@ -134,19 +131,17 @@ def write_ablation_report(
         raise ValueError("rows must hold at least one member")
     summary = summarise(rows)
     fields = [name for name in _names(rows, "settings") if name != _SEED]
-    template = resources.files("pushpull_jax").joinpath("templates/ablation.html").read_text("utf-8")
-    page = string.Template(template).substitute(
-        title=_text(title),
-        lead=_lead(rows, summary),
-        headings=_headings(summary),
-        lines=_table_lines(summary),
-        note=f"<b>Bold</b> {_WARNING}." if any(_best(summary, name) for name in _names(summary, "mean")) else "",
-        settings="\n".join(_setting_section(name, rows) for name in fields) or _missing("only the seed varies"),
-        losses=_losses(rows),
-        details="\n".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in details.items()),
-    )
-    # A file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates: they become "?".
-    write_bytes(path, page.encode("utf-8", "replace"))
+    best = any(_best(summary, name) for name in _names(summary, "mean"))
+    parts = {
+        "lead": _lead(rows, summary),
+        "headings": _headings(summary),
+        "lines": _table_lines(summary),
+        "note": f"<b>Bold</b> {_WARNING}." if best else "",
+        "settings": "\n".join(_setting_section(name, rows) for name in fields) or absent("only the seed varies"),
+        "losses": _losses(rows),
+        "details": pair_rows(details),
+    }
+    write_page(path, "ablation", title=title, parts=parts)
 
 
 def _names(rows: Sequence[Row], part: str) -> list[str]:
@@ -219,14 +214,14 @@ def _lead(rows: Sequence[Row], summary: Sequence[Row]) -> str:
     if not defined or len(_by_data(summary)) > 1:
         return size
     top = max(defined, key=lambda line: line["mean"]["image_auroc"])
-    where = f" at {_text(_described(top['settings']))}" if top["settings"] and len(summary) > 1 else ""
+    where = f" at {escape(_described(top['settings']))}" if top["settings"] and len(summary) > 1 else ""
     return f"{size} {'Highest image' if where else 'Image'} AUROC: {_score(top, 'image_auroc')}%{where}."
 
 
 def _headings(summary: Sequence[Row]) -> str:
-    shown = [_text(name).replace(".", ".<wbr>") for name in _names(summary, "settings")]
+    shown = [escape(name).replace(".", ".<wbr>") for name in _names(summary, "settings")]
     titles = (_TITLES.get(name, name) for name in _names(summary, "mean"))
-    shown += ["seeds", *(_text(title).replace("-", "&#8209;") for title in titles)]  # AU-PRO stays on one line
+    shown += ["seeds", *(escape(title).replace("-", "&#8209;") for title in titles)]  # AU-PRO stays on one line
     return "".join(f'<th scope="col"><button>{name}</button></th>' for name in shown)
 
 
@@ -247,7 +242,7 @@ def _table_lines(summary: Sequence[Row]) -> str:
 
 def _cell(value: str, shown: str, kind: str = "") -> str:
     """A cell, and in data-value what the script sorts it by."""
-    return f'<td{kind} data-value="{_text(value)}">{_text(shown)}</td>'
+    return f'<td{kind} data-value="{escape(value)}">{escape(shown)}</td>'
 
 
 def _setting_section(name: str, rows: Sequence[Row]) -> str:
@@ -264,8 +259,8 @@ def _setting_section(name: str, rows: Sequence[Row]) -> str:
         else:
             undefined.append(title)
     figures = "".join(f'<figure class="panel">\n{chart}\n</figure>' for chart in drawn)
-    missing = _missing(f"undefined in all members: {', '.join(undefined)}") if undefined else ""
-    return f'<h3>{_text(name)}</h3>\n<div class="panels">\n{figures}\n</div>{missing}'
+    missing = absent(f"undefined in all members: {', '.join(undefined)}") if undefined else ""
+    return f'<h3>{escape(name)}</h3>\n<div class="panels">\n{figures}\n</div>{missing}'
 
 
 def _losses(rows: Sequence[Row]) -> str:
@@ -275,12 +270,4 @@ def _losses(rows: Sequence[Row]) -> str:
         if points:
             curves.append(tuple(zip(*points, strict=True)))
             hints.append(f"member {row['member']}: {_described(row['settings'])}")
-    return charts.steps_chart("loss", curves, hints=hints) if curves else _missing("no training history")
-
-
-def _missing(reason: str) -> str:
-    return f'<p class="missing">&ndash; {_text(reason)}</p>'
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+    return charts.steps_chart("loss", curves, hints=hints) if curves else absent("no training history")

@@ -22,13 +22,12 @@ LAYERS = (
     "steps", "features", "tensorboard", "data.supervision", "data.sources", "data.prepared", "data.tfds_builders",
     "data.pipeline", "data.kolektor_sdd", "data.images", "data.visa", "data.btad", "data.mvtec_loco", "data.mvtec_ad",
     "data.split_folders", "data.good_bad", "data.manifest_table", "data.class_folders", "data.folders",
-    "data.manifest", "data.demo", "weights",
-    "torch_checkpoint", "backbones", "conversion.efficientnet", "conversion.resnet", "conversion.vit",
-    "conversion.keras_h5", "conversion.tensors", "models.reconstructor", "models.convolutional", "models.nearest",
-    "models.efficientnet", "models.resnet", "models.vit", "models.pixels", "models.layers", "heatmap", "charts",
-    "confetti_noise", "batching", "calibration", "streaming_metrics", "metrics", "ranking", "compilation_cache",
-    "whitening", "scoring", "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources",
-    "user_cache", "progress", "config", "errors",
+    "data.manifest", "data.demo", "weights", "torch_checkpoint", "backbones", "conversion.efficientnet",
+    "conversion.resnet", "conversion.vit", "conversion.keras_h5", "conversion.tensors", "models.reconstructor",
+    "models.convolutional", "models.nearest", "models.efficientnet", "models.resnet", "models.vit", "models.pixels",
+    "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration", "page", "streaming_metrics",
+    "metrics", "ranking", "compilation_cache", "whitening", "scoring", "losses", "precision", "shapes", "workdir",
+    "mesh", "profiling", "resources", "user_cache", "memory", "progress", "config", "errors",
 )  # fmt: skip
 
 
