@@ -81,7 +81,7 @@ class PixelHistogram:
         masks, maps = ranking.checked("masks", masks, "maps", maps, "[N,H,W]")
         normal, anomalous, overlap = self.normal.copy(), self.anomalous.copy(), self.overlap.copy()
         for mask, values in zip(masks, maps, strict=True):  # one at a time, for the temporaries' sake
-            bins = _bins(values)
+            bins = bins_of(values)
             hit = bins[mask]
             hits = np.bincount(hit, minlength=BINS)
             normal += np.bincount(bins.ravel(), minlength=BINS) - hits
@@ -166,7 +166,7 @@ class PixelHistogram:
         return Groups(none_between, self.normal[::-1], self.anomalous[::-1], self.overlap[::-1], 0)
 
 
-def _bins(scores: np.ndarray) -> np.ndarray:
+def bins_of(scores: np.ndarray) -> np.ndarray:
     """The bin of each score: uint16, rising with it."""
     with np.errstate(over="ignore"):  # beyond float32 is infinite, in the order it had
         values = scores.astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0, to which it is equal

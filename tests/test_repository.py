@@ -25,9 +25,9 @@ LAYERS = (
     "data.manifest", "data.demo", "weights", "torch_checkpoint", "backbones", "conversion.efficientnet",
     "conversion.resnet", "conversion.vit", "conversion.keras_h5", "conversion.tensors", "models.reconstructor",
     "models.convolutional", "models.nearest", "models.efficientnet", "models.resnet", "models.vit", "models.pixels",
-    "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration", "page", "streaming_metrics",
-    "metrics", "ranking", "compilation_cache", "whitening", "scoring", "losses", "precision", "shapes", "workdir",
-    "mesh", "profiling", "resources", "user_cache", "memory", "progress", "config", "errors",
+    "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration", "bootstrap", "page",
+    "streaming_metrics", "metrics", "ranking", "compilation_cache", "whitening", "scoring", "losses", "precision",
+    "shapes", "workdir", "mesh", "profiling", "resources", "user_cache", "memory", "progress", "config", "errors",
 )  # fmt: skip
 
 
