@@ -1,7 +1,8 @@
 """The evaluation program: score the test images of a run, and write metrics.json, predictions.csv and report.html.
 
 Nothing is chosen on the test images: the detector and its threshold are the run's. Pixel metrics are computed at the
-image size of the run, against masks reduced by area; the label of an image is the data set's, never its mask's.
+image size of the run, against masks reduced by area; the label of an image is the data set's, never its mask's. Each
+metric has a bootstrap interval over the test images; the deviation over seeds is `ablation`'s.
 """
 
 import csv
@@ -14,17 +15,20 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from PIL import Image
 
-from pushpull_jax import metrics, report
+from pushpull_jax import bootstrap, metrics, report
 from pushpull_jax import workdir as files
 from pushpull_jax.config import Config, to_dict
 from pushpull_jax.data.images import read_image, resize_image
 from pushpull_jax.detector import Detector, load
+from pushpull_jax.gallery import PICTURE_SIDE, Case
 from pushpull_jax.scored import Pixels, Scored, score
 from pushpull_jax.streaming_metrics import PixelHistogram
 from pushpull_jax.tensorboard import EventFile, side_by_side
 
 FPR_LIMIT = 0.3
+_TENSORBOARD_CASES = 24
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 
 
@@ -39,7 +43,8 @@ def evaluate(
         reconstructor: as given to `train`.
 
     Returns:
-        The contents of metrics.json: each metric in [0,1] (nan where it has no answer), and what they mean.
+        The contents of metrics.json: each metric in [0,1] (nan where it has no answer), what they mean, and their
+        "intervals", which hold "level", "resamples", and for each metric its two ends, or None where there are none.
 
     Raises:
         InputError: the run or the data cannot be used.
@@ -50,7 +55,7 @@ def evaluate(
         config = replace(config, data=replace(config.data, root=str(root)))
     detector = load(folder, reconstructor=reconstructor)
     scored, left_out = score(detector, config, without=run["data"]["out_of_test"])
-    result = measure_categories(scored, detector.threshold) | {
+    result = with_intervals(measure_categories(scored, detector.threshold), scored) | {
         "resolution": config.data.image_size,
         "mask_rule": "anomalous where at least half of the area is, at the resolution; a letterbox's margin is normal",
         "fpr_limit": FPR_LIMIT,
@@ -77,6 +82,36 @@ def measure_categories(scored: Scored, threshold: float) -> dict[str, Any]:
     if all(bounds := [part.get("pixel_metrics_bounds") for part in parts.values()]):
         precision["pixel_metrics_bounds"] = {n: float(np.mean([bound[n] for bound in bounds])) for n in bounds[0]}
     return means | precision | count_verdicts(scored, threshold) | {"averaged_over": "categories", "categories": parts}
+
+
+def with_intervals(result: dict[str, Any], scored: Scored) -> dict[str, Any]:
+    """What `measure_categories` gives, with the bootstrap interval of each metric, those of each category included."""
+    names = sorted({record.category for record in scored.records})
+    parts = {name: scored.of_category(name) for name in names}
+    # Each category has a stream of its own: else those of one size would be resampled alike, and their mean vary more.
+    streams = np.random.default_rng(0).spawn(len(names))
+    resampled = {
+        name: bootstrap.resampled_metrics(stream, part.labels, part.scores, part.histograms, fpr_limit=FPR_LIMIT)
+        for stream, (name, part) in zip(streams, parts.items(), strict=True)
+    }
+    own = {name: _intervals(values, parts[name]) for name, values in resampled.items()}
+    if len(names) == 1:
+        return result | {"intervals": own[names[0]]}
+    mean = {metric: np.mean([values[metric] for values in resampled.values()], axis=0) for metric in METRICS}
+    categories = {name: part | {"intervals": own[name]} for name, part in result["categories"].items()}
+    return result | {"intervals": _as_fields(bootstrap.intervals(mean)), "categories": categories}
+
+
+def _intervals(resampled: dict[str, np.ndarray], scored: Scored) -> dict[str, Any]:
+    found = bootstrap.intervals(resampled)
+    if separated := bootstrap.separated_auroc_interval(scored.labels, scored.scores):
+        found["image_auroc"] = separated
+    return _as_fields(found)
+
+
+def _as_fields(intervals: dict[str, bootstrap.Interval]) -> dict[str, Any]:
+    fields = {name: None if math.isnan(ends[0]) else list(ends) for name, ends in intervals.items()}
+    return {"level": bootstrap.LEVEL, "resamples": bootstrap.RESAMPLES} | fields
 
 
 def measure(scored: Scored, threshold: float) -> dict[str, Any]:
@@ -123,12 +158,14 @@ def _predictions(scored: Scored, threshold: float) -> str:
 
 
 def _show(folder: Path, contents: report.Report, *, step: int) -> None:
-    """Metrics and cases of the report, for TensorBoard."""
+    """Metrics and the most important cases of the report, for TensorBoard."""
     with EventFile(folder) as events:
         events.add_scalars(step, contents.metrics)
-        for case in contents.cases:
-            picture = side_by_side(case.image, case.mask, case.map, threshold=contents.map_threshold)
-            events.add_picture(step, case.key, picture)
+        for case in contents.cases[:_TENSORBOARD_CASES]:
+            image = np.asarray(Image.fromarray(case.image).resize(case.map.shape[::-1]))
+            events.add_picture(
+                step, case.key, side_by_side(image, case.mask, case.map, threshold=contents.map_threshold)
+            )
 
 
 def _contents(
@@ -140,6 +177,7 @@ def _contents(
     return report.Report(
         title=f"{config.data.category} · {folder.name}",
         metrics={name: result[name] for name in METRICS},
+        intervals={name: tuple(result["intervals"][name] or (math.nan, math.nan)) for name in METRICS},
         threshold=detector.threshold,
         map_threshold=detector.map_threshold,
         false_positive_rate=threshold["false_positive_rate"],
@@ -150,27 +188,33 @@ def _contents(
         roc=metrics.roc_curve(scored.labels, scored.scores),
         pro=pixels.pro_curve() if pixels.has_regions else None,
         pro_limit=FPR_LIMIT,
-        cases=[_case(scored, i, config) for i, record in enumerate(scored.records) if record.key in scored.shown],
+        cases=_cases(scored, config),
         history=files.read_lines(folder / files.LOG),
         config=to_dict(config),
         details=_details(run, result),
     )
 
 
-def _case(scored: Scored, i: int, config: Config) -> report.Case:
-    """One test image as the report shows it: at the size of the run, as the detector saw it."""
-    record = scored.records[i]
-    shown = scored.shown[record.key]
-    image = resize_image(read_image(record), size=config.data.image_size, mode=config.data.resize)
-    return report.Case(
-        key=record.key,
-        defect_type=record.defect_type,
-        label=record.label,
-        score=float(scored.scores[i]),
-        image=np.rint(image).astype(np.uint8),
-        mask=shown.mask,
-        map=shown.map,
-    )
+def _cases(scored: Scored, config: Config) -> list[Case]:
+    """The test images that the report shows, framed as the detector saw them."""
+    index = {record.key: i for i, record in enumerate(scored.records)}
+    cases = []
+    for key, shown in scored.shown.items():
+        record = scored.records[index[key]]
+        image = read_image(record)
+        framed = resize_image(image, size=min(max(image.shape[:2]), PICTURE_SIDE), mode=config.data.resize)
+        cases.append(
+            Case(
+                key=key,
+                defect_type=record.defect_type,
+                label=record.label,
+                score=float(scored.scores[index[key]]),
+                image=np.rint(framed).astype(np.uint8),
+                mask=shown.mask,
+                map=shown.map,
+            )
+        )
+    return cases
 
 
 def _details(run: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:

@@ -23,11 +23,11 @@ _COLOURS = np.array(
     [[69, 117, 180], [116, 173, 209], [171, 217, 233], [255, 255, 191], [253, 174, 97], [215, 48, 39]], np.float64
 )
 # Around what lies above the threshold: the dark red end of the same palette.
-_CONTOUR = (165, 0, 38)
+CONTOUR = (165, 0, 38)
 # Overlay: transparent up to half the threshold, so that a cold image stays as it is, full from 1.5 times it.
 _FADE_IN = (0.5, 1.5)
 # The shorter side, in pixels, for each pixel of a line's width: by eye, visible where an image is shown much reduced.
-_LINE_SIDE = 160
+LINE_SIDE = 160
 
 
 def heat_colours(maps: np.ndarray, *, threshold: float) -> np.ndarray:
@@ -50,6 +50,12 @@ def css_gradient() -> str:
     """The colours of the heat scale as stops of a CSS gradient, from 0 to twice the threshold."""
     colours = heat_colours(np.linspace(0.0, 2.0, 41)[None], threshold=1.0)[0]
     return ", ".join("rgb({}, {}, {})".format(*colour) for colour in colours)
+
+
+def fade_in(relative: np.ndarray) -> np.ndarray:
+    """How far colours show in an overlay, 0 to 1, where the score is `relative` thresholds; any shape."""
+    start, stop = _FADE_IN
+    return np.clip((relative - start) / (stop - start), 0.0, 1.0)
 
 
 def overlay(image: np.ndarray, score_map: np.ndarray, *, threshold: float, opacity: float = 0.6) -> np.ndarray:
@@ -75,10 +81,9 @@ def overlay(image: np.ndarray, score_map: np.ndarray, *, threshold: float, opaci
     if not 0.0 <= opacity <= 1.0:
         raise ValueError(f"opacity must be in 0..1, got {opacity}")
     relative = _relative(score_map, threshold)
-    start, stop = _FADE_IN
-    alpha = opacity * np.clip((relative - start) / (stop - start), 0.0, 1.0)[..., None]
+    alpha = opacity * fade_in(relative)[..., None]
     blended = np.rint((1.0 - alpha) * image + alpha * _colours(relative)).astype(np.uint8)
-    return outline(blended, relative > 1.0, colour=_CONTOUR)
+    return outline(blended, relative > 1.0, colour=CONTOUR)
 
 
 def outline(image: np.ndarray, region: np.ndarray, *, colour: tuple[int, int, int]) -> np.ndarray:
@@ -102,7 +107,7 @@ def outline(image: np.ndarray, region: np.ndarray, *, colour: tuple[int, int, in
         expected = f"boolean with the size of the image, {image.shape[:2]}"
         raise ValueError(f"region {region.shape} {region.dtype} must be {expected}")
     drawn = image.copy()
-    width = max(1, round(min(region.shape) / _LINE_SIDE))
+    width = max(1, round(min(region.shape) / LINE_SIDE))
     drawn[ndimage.binary_dilation(region, iterations=width) & ~region] = colour
     return drawn
 

@@ -1,30 +1,25 @@
 """The report of an evaluated run for people: one self-contained HTML file, on any screen, in light and dark.
 
 Labels are 1 anomalous, 0 normal; a score above the threshold raises an alarm, one equal to it does not, as the
-conformal quantile promises its false-positive rate for scores above it. Charts are inline SVG, pictures data: URIs;
-nothing is loaded from anywhere. Page, style and script are `templates/report.html`; here its parts are filled in, and
-every text that comes from outside is escaped.
+conformal quantile promises its false-positive rate for scores above it. Charts are inline SVG, and `gallery` says what
+is embedded of the images. The page is `templates/report.*`, filled in by `page`; every text that comes from outside is
+escaped.
 """
 
 import base64
-import html
 import io
 import math
 import os
-import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from pushpull_jax import charts, heatmap, metrics
-from pushpull_jax.workdir import write_bytes
+from pushpull_jax import bootstrap, charts, gallery, heatmap, metrics
+from pushpull_jax.gallery import Case, verdict
+from pushpull_jax.page import absent, escape, pair_rows, write_page
 
-_PICTURE_SIDE = 400  # longer side of an embedded picture in pixels: sharp at the width it has, about 10 kB each
-_MASK_COLOUR = (255, 0, 200)  # magenta: in no colour of the heat scale and rare on parts
 _IMAGE_METRICS = {
     "image_auroc": ("AUROC", "chance that a defective image scores higher than a normal one; 50% is guessing"),
     "image_ap": ("Average precision", "how free of normal images the top of the ranking is"),
@@ -39,24 +34,12 @@ _PIXEL_METRICS = {
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Case:
-    """One test image to show."""
-
-    key: str
-    defect_type: str
-    label: int
-    score: float
-    image: np.ndarray  # [H, W, 3] uint8
-    mask: np.ndarray | None  # [H, W] bool; None where there is none
-    map: np.ndarray  # [H, W] float32
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
     """All that the report shows; N test images."""
 
     title: str
     metrics: Mapping[str, float]  # image_auroc, ..., aupro; missing or nan ones are shown as a dash with the reason
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of them; nan where there is none
     threshold: float  # of scores; finite, above 0
     map_threshold: float  # of maps, which it colours; finite, above 0
     false_positive_rate: float  # that the threshold was set for
@@ -67,53 +50,10 @@ class Report:
     roc: tuple[np.ndarray, np.ndarray]  # fpr and tpr over images; nan where a class is missing
     pro: tuple[np.ndarray, np.ndarray] | None  # fpr over pixels and overlap; None without masks
     pro_limit: float = 0.3
-    cases: Sequence[Case] = ()
+    cases: Sequence[Case] = ()  # the most important first
     history: Sequence[Mapping[str, float]] = ()  # rows of metrics.jsonl: step, loss, learning_rate
     config: Mapping[str, object]  # nested
     details: Mapping[str, str]  # provenance: data fingerprint, versions, command, ...
-
-
-class _Group(NamedTuple):
-    title: str
-    label: int
-    alarm: bool
-    highest_first: bool
-    verdict: str
-    order: str
-
-    @property
-    def kind(self) -> str:
-        return "right" if self.label == self.alarm else "wrong"
-
-
-_GROUPS = (
-    _Group("Missed defects", 1, False, False, "✗ missed", "lowest score first"),
-    _Group("False alarms", 0, True, True, "✗ false alarm", "highest score first"),
-    _Group("Found defects", 1, True, True, "✓ found", "highest score first"),
-    _Group("Normal images passed", 0, False, False, "✓ passed", "coldest first"),
-)
-
-
-def choose_cases(labels: np.ndarray, scores: np.ndarray, threshold: float, *, count: int = 6) -> dict[str, list[int]]:
-    """Choose the images to show: worst errors and best hits, up to `count` of each kind.
-
-    Args:
-        labels: [N], 0 or 1.
-        scores: [N].
-        threshold: a score above it is an alarm.
-        count: images a group at most.
-
-    Returns:
-        Indices into N by the group's title: missed defects with the lowest scores, false alarms with the highest,
-        found defects with the highest, passed normal images with the lowest; ties in their order. A group may be empty.
-    """
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    chosen = {}
-    for group in _GROUPS:
-        members = np.flatnonzero((labels == group.label) & ((scores > threshold) == group.alarm))
-        rank = -scores[members] if group.highest_first else scores[members]
-        chosen[group.title] = members[np.argsort(rank, kind="stable")][:count].tolist()
-    return chosen
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
@@ -128,37 +68,49 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
             values; a threshold is not finite and above 0; a metric's name is unknown; or image, mask and map of a
             case differ in size.
     """
-    page = _render(report)
-    # A file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates: they become "?".
-    write_bytes(path, page.encode("utf-8", "replace"))
-
-
-def _render(report: Report) -> str:
     labels, scores = _checked(report)
     alarms = scores > report.threshold
+    items, count = gallery.render_cases(report.cases, threshold=report.threshold, map_threshold=report.map_threshold)
+    parts = _measured(report, labels, alarms) | _drawn(report, labels, scores, alarms)
+    parts |= {
+        "cases": items,
+        "shown": _shown(count, labels.size),
+        "types": _options(case.defect_type for case in report.cases[:count]),
+        "scale": gallery.scale_json(),
+        "scale_picture": _scale_picture(),
+        "map_threshold": f"{report.map_threshold:.6g}",
+        "details": pair_rows(report.details),
+        "config": pair_rows(dict(_flat(report.config))),
+    }
+    write_page(path, "report", title=report.title, parts=parts)
+
+
+def _measured(report: Report, labels: np.ndarray, alarms: np.ndarray) -> dict[str, str]:
+    """Parts of the page that are numbers of the whole test set."""
     undefined = _why_undefined(report, labels)
+    return {
+        "summary": _summary(labels, alarms),
+        "image_cards": _cards(report, _IMAGE_METRICS, undefined["image"]),
+        "pixel_cards": _cards(report, _PIXEL_METRICS, undefined["pixel"]),
+        "intervals": _about_intervals(report),
+        "verdicts": _verdict_rows(labels, alarms),
+        "threshold": f"{report.threshold:.4g}",
+        "rate": f"{100 * report.false_positive_rate:.3g}%",
+        "note": escape(report.threshold_note),
+        "roc": _roc_chart(report.roc, labels, alarms) or absent(undefined["image"]),
+        "pro": _pro_chart(report.pro, report.pro_limit) or absent(undefined["pixel"]),
+        "pro_limit": f"{100 * report.pro_limit:.3g}%",
+    }
+
+
+def _drawn(report: Report, labels: np.ndarray, scores: np.ndarray, alarms: np.ndarray) -> dict[str, str]:
+    """Parts of the page that show scores, and the training."""
     histogram = charts.score_histogram(labels, scores, threshold=report.threshold)
-    template = resources.files("pushpull_jax").joinpath("templates/report.html").read_text("utf-8")
-    return string.Template(template).substitute(
-        title=_text(report.title),
-        summary=_summary(labels, alarms),
-        image_cards=_cards(report.metrics, _IMAGE_METRICS, undefined["image"]),
-        pixel_cards=_cards(report.metrics, _PIXEL_METRICS, undefined["pixel"]),
-        verdicts=_verdict_rows(labels, alarms),
-        threshold=f"{report.threshold:.4g}",
-        rate=f"{100 * report.false_positive_rate:.3g}%",
-        note=_text(report.threshold_note),
-        histogram=charts.histogram_chart(histogram, threshold=report.threshold),
-        roc=_roc_chart(report.roc, labels, alarms) or _missing(undefined["image"]),
-        pro=_pro_chart(report.pro, report.pro_limit) or _missing(undefined["pixel"]),
-        pro_limit=f"{100 * report.pro_limit:.3g}%",
-        training=_training_charts(report.history) or _missing("no training history"),
-        types=_type_rows(labels, scores, np.asarray(report.defect_types), alarms),
-        heat_scale=heatmap.css_gradient(),
-        galleries="\n".join(_gallery(group, report) for group in _GROUPS),
-        details=_pair_rows(report.details.items()),
-        config=_pair_rows(_flat(report.config)),
-    )
+    return {
+        "histogram": charts.histogram_chart(histogram, threshold=report.threshold),
+        "kinds": _type_rows(labels, scores, np.asarray(report.defect_types), alarms),
+        "training": _training_charts(report.history) or absent("no training history"),
+    }
 
 
 def _checked(report: Report) -> tuple[np.ndarray, np.ndarray]:
@@ -202,13 +154,33 @@ def _summary(labels: np.ndarray, alarms: np.ndarray) -> str:
     return " ".join(parts)
 
 
-def _cards(values: Mapping[str, float], names: Mapping[str, tuple[str, str]], undefined: str) -> str:
+def _cards(report: Report, names: Mapping[str, tuple[str, str]], undefined: str) -> str:
     cards = []
     for name, (title, meaning) in names.items():
-        value = values.get(name, math.nan)
-        shown, small = ("&ndash;", f"undefined: {undefined}") if math.isnan(value) else (_percent(value), meaning)
-        cards.append(f'<div class="card"><h3>{title}</h3><b>{shown}</b><p>{small}</p></div>')
+        value = report.metrics.get(name, math.nan)
+        if math.isnan(value):
+            cards.append(f'<div class="card"><h3>{title}</h3><b>&ndash;</b><p>undefined: {undefined}</p></div>')
+            continue
+        ends = report.intervals.get(name)
+        interval = f'<p class="interval">{_interval(ends)}</p>' if ends else ""
+        cards.append(f'<div class="card"><h3>{title}</h3><b>{_percent(value)}</b>{interval}<p>{meaning}</p></div>')
     return "\n".join(cards)
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    low, high = (100 * end for end in ends)
+    return "no interval" if math.isnan(low) else f"{low:.1f} to {high:.1f} <small>({100 * bootstrap.LEVEL:g}%)</small>"
+
+
+def _about_intervals(report: Report) -> str:
+    if not report.intervals:
+        return ""
+    said = f"""The interval below each number: what another draw of as many test images could have given, by
+{bootstrap.RESAMPLES} resamples. Another training is not in it."""
+    if any(math.isnan(low) for low, _ in report.intervals.values()):
+        said += f""" There is none where a kind has fewer than {bootstrap.LEAST_IMAGES} images, or where every resample
+gives the same number: they are too few, or too easy, to say more."""
+    return f'<p class="soft">{said}</p>'
 
 
 def _verdict_rows(labels: np.ndarray, alarms: np.ndarray) -> str:
@@ -216,10 +188,11 @@ def _verdict_rows(labels: np.ndarray, alarms: np.ndarray) -> str:
     for label, name in enumerate(("normal", "defective")):
         of_label = alarms[labels == label]
         cells = ""
-        for group in sorted((group for group in _GROUPS if group.label == label), key=lambda group: group.alarm):
-            count = np.count_nonzero(of_label == group.alarm)
+        for alarm in (False, True):
+            own = verdict(label, float(alarm), 0.5)
+            count = np.count_nonzero(of_label == alarm)
             rate = f" <small>{_percent(count / of_label.size)}</small>" if of_label.size else ""
-            cells += f'<td class="{group.kind}"><b>{count}</b>{rate}<br><small>{group.verdict}</small></td>'
+            cells += f'<td class="{own.kind}"><b>{count}</b>{rate}<br><small>{own.sign}</small></td>'
         rows.append(f'<tr><th scope="row">{name} <small>{of_label.size}</small></th>{cells}</tr>')
     return "\n".join(rows)
 
@@ -242,8 +215,8 @@ def _pro_chart(curve: tuple[np.ndarray, np.ndarray] | None, limit: float) -> str
 
 def _training_charts(history: Sequence[Mapping[str, float]]) -> str:
     drawn = []
-    for field, name in (("loss", "loss"), ("learning_rate", "learning rate")):
-        rows = [(row["step"], row[field]) for row in history if row.get(field) is not None]
+    for column, name in (("loss", "loss"), ("learning_rate", "learning rate")):
+        rows = [(row["step"], row[column]) for row in history if row.get(column) is not None]
         rows = [row for row in rows if math.isfinite(row[1])]
         if rows:
             drawn.append(charts.step_chart(name, *zip(*rows, strict=True)))
@@ -260,46 +233,32 @@ def _type_rows(labels: np.ndarray, scores: np.ndarray, types: np.ndarray, alarms
             compared = own | (labels == 0)
             area = _percent(metrics.image_auroc(labels[compared], scores[compared]))
         kind = "anomalous" if label else "normal"
-        bar = f'<span class="bar"><i class="{kind}" style="width:{100 * rate:.1f}%"></i></span> {_percent(rate)}'
+        rect = f'<rect class="{kind}" width="{100 * rate:.1f}" height="9"></rect>'
+        bar = f'<svg class="bar" viewBox="0 0 100 9" aria-hidden="true">{rect}</svg> {_percent(rate)}'
         cells = (f"{np.count_nonzero(own)}", f"{scores[own].mean():.4g}", bar, area)
-        head = f'<th scope="row"><i class="dot {kind}"></i>{_text(name)}</th>'
+        head = f'<th scope="row"><i class="dot {kind}"></i>{escape(name)}</th>'
         rows.append(f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return "\n".join(rows)
 
 
-def _gallery(group: _Group, report: Report) -> str:
-    def belongs(case: Case) -> bool:
-        return case.label == group.label and (case.score > report.threshold) == group.alarm
-
-    cases = sorted(filter(belongs, report.cases), key=lambda case: case.score, reverse=group.highest_first)
-    if not cases:
-        return f"<h3>{group.title}</h3>{_missing('none shown')}"
-    shown = "\n".join(_case(case, group, report.map_threshold) for case in cases)
-    return f'<h3>{group.title} <small>{group.order}</small></h3>\n<div class="cases">\n{shown}\n</div>'
+def _shown(count: int, images: int) -> str:
+    """How many of the test images the gallery holds."""
+    if count == images:
+        return f"All {_count(images, 'test image')}."
+    least = f"{gallery.LIMIT} at most, of every defect type and verdict in turn those farthest from the threshold"
+    return f"{count} of {_count(images, 'test image')}: {least}. predictions.csv has all."
 
 
-def _case(case: Case, group: _Group, map_threshold: float) -> str:
-    pictures = [_picture(case.image, "image", case.key)]
-    if case.mask is not None and case.mask.any():
-        outlined = heatmap.outline(case.image, np.asarray(case.mask, bool), colour=_MASK_COLOUR)
-        pictures.append(_picture(outlined, "true defect", case.key))
-    else:
-        pictures.append(f'<span class="none">{"no mask" if case.label else "no defect"}</span>')
-    pictures.append(_picture(heatmap.overlay(case.image, case.map, threshold=map_threshold), "heat map", case.key))
-    verdict = f'<span class="{group.kind}">{group.verdict}</span>'
-    line = f"{verdict} {_text(case.defect_type)} &middot; score {case.score:.4g}"
-    head = f"<header>{line}<br><small>{_text(case.key)}</small></header>"
-    return f'<article class="case">{head}<div class="pictures">{"".join(pictures)}</div></article>'
+def _options(names: Iterator[str]) -> str:
+    return "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in sorted(set(names)))
 
 
-def _picture(image: np.ndarray, caption: str, key: str) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+def _scale_picture() -> str:
+    """The heat scale from 0 to twice the threshold, as a picture."""
+    colours = heatmap.heat_colours(np.linspace(0.0, 2.0, 256)[None], threshold=1.0)
     encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=85)
-    source = "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
-    alt = f"{caption} of {_text(key)}"
-    return f'<figure><button><img src="{source}" alt="{alt}"></button><figcaption>{caption}</figcaption></figure>'
+    Image.fromarray(colours).save(encoded, "PNG")
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -310,21 +269,9 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def _pair_rows(pairs: Iterable[tuple[str, object]]) -> str:
-    return "\n".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in pairs)
-
-
-def _missing(reason: str) -> str:
-    return f'<p class="missing">&ndash; {reason}</p>'
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

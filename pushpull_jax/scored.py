@@ -1,7 +1,8 @@
 """The test images of a run, scored batch by batch: a score an image, and of the pixels only what is needed.
 
 Pixels flow into exact metrics, or above `EXACT_PIXELS` into a histogram of bounded memory; maps and masks are kept of
-those images alone that the report will show. S is the image size of the run.
+those images alone that the report will show. What an interval needs is a histogram of each image, some ten kilobytes.
+S is the image size of the run.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,14 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from pushpull_jax.batching import BATCH_SIZE
+from pushpull_jax.bootstrap import ImageHistogram, image_histogram
 from pushpull_jax.config import Config
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import Detector
 from pushpull_jax.errors import InputError
+from pushpull_jax.gallery import choose_cases, shrink_map, shrink_mask
 from pushpull_jax.progress import progress_bar, say
-from pushpull_jax.report import choose_cases
 from pushpull_jax.streaming_metrics import ExactPixels, PixelHistogram
 
 # Half a gigabyte of float32 scores, and twice that while they are sorted: 2048 images of 256 px, 128 of 1024.
@@ -31,8 +33,8 @@ Pixels = ExactPixels | PixelHistogram
 class Shown(NamedTuple):
     """What the report shows of an image."""
 
-    map: np.ndarray  # [S,S] float32
-    mask: np.ndarray | None  # [S,S] bool; None where the truth of the pixels is unknown
+    map: np.ndarray  # [s,s] float32, s at most `gallery.MAP_SIDE`
+    mask: np.ndarray | None  # [s,s] bool; None where the truth of the pixels is unknown
 
 
 class Scored(NamedTuple):
@@ -42,7 +44,8 @@ class Scored(NamedTuple):
     scores: np.ndarray  # [N] float32
     has_mask: np.ndarray  # [N] bool: whether the truth of the pixels is known
     pixels_of: Mapping[str, Pixels]  # by category, of those images
-    shown: Mapping[str, Shown]  # by key, of the images that `report.choose_cases` chooses
+    shown: Mapping[str, Shown]  # by key, of the images that `choose_cases` chooses, in its order
+    histograms: tuple[ImageHistogram | None, ...] = ()  # [N], None where there is no mask; () where nobody asks
 
     @property
     def labels(self) -> np.ndarray:
@@ -58,7 +61,9 @@ class Scored(NamedTuple):
         own = np.asarray([record.category == category for record in self.records])
         records = tuple(record for record in self.records if record.category == category)
         shown = {record.key: self.shown[record.key] for record in records if record.key in self.shown}
-        return Scored(records, self.scores[own], self.has_mask[own], {category: self.pixels_of[category]}, shown)
+        histograms = tuple(histogram for histogram, kept in zip(self.histograms, own, strict=False) if kept)
+        pixels = {category: self.pixels_of[category]}
+        return Scored(records, self.scores[own], self.has_mask[own], pixels, shown, histograms)
 
 
 def score(detector: Detector, config: Config, *, without: Collection[str] = ()) -> tuple[Scored, dict[str, str]]:
@@ -100,6 +105,7 @@ def score(detector: Detector, config: Config, *, without: Collection[str] = ()) 
             np.concatenate((scored.has_mask, batch["has_mask"])),
             pixels,
             scored.shown,
+            scored.histograms + _histograms(batch, maps),
         )
         scored = scored._replace(shown=_still_shown(scored, maps, batch, detector.threshold))
     if not scored.records:
@@ -122,16 +128,24 @@ def with_pixels(
     return pixels_of
 
 
+def _histograms(batch: dict, maps: np.ndarray) -> tuple[ImageHistogram | None, ...]:
+    truth = zip(batch["has_mask"], batch["mask"], maps, strict=True)
+    return tuple(image_histogram(mask, of_image) if known else None for known, mask, of_image in truth)
+
+
 def _still_shown(scored: Scored, maps: np.ndarray, batch: dict, threshold: float) -> dict[str, Shown]:
     """What to show if there came no other batch. Who is not chosen now will not be chosen among more images."""
     first = len(scored.records) - len(maps)
-    chosen = choose_cases(scored.labels, scored.scores, threshold)
+    candidates = [i for i, record in enumerate(scored.records) if i >= first or record.key in scored.shown]
+    types = [scored.records[i].defect_type for i in candidates]
+    chosen = choose_cases(scored.labels[candidates], scored.scores[candidates], types, threshold)
     shown = {}
-    for i in sorted({i for group in chosen.values() for i in group}):
+    for i in (candidates[at] for at in chosen):
         key = scored.records[i].key
         if i < first:
             shown[key] = scored.shown[key]
         else:
-            mask = batch["mask"][i - first].copy() if batch["has_mask"][i - first] else None
-            shown[key] = Shown(maps[i - first].copy(), mask)
+            mask = shrink_mask(batch["mask"][i - first]) if batch["has_mask"][i - first] else None
+            # Copies, or the whole batch stays in memory.
+            shown[key] = Shown(shrink_map(maps[i - first]).copy(), None if mask is None else mask.copy())
     return shown

@@ -78,6 +78,13 @@ class Page:
             assert time.monotonic() < end, f"{expression} was not true within {_SECONDS:g} s; errors {self.errors}"
             time.sleep(0.05)
 
+    def press(self, key: str) -> None:
+        """Press and release a key, by its name in KeyboardEvent.key."""
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind, extra in (("keyDown", text), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key], **extra)
+
     def choose_file(self, selector: str, path: Path) -> None:
         """Give a file to a file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]

@@ -1,18 +1,19 @@
 """The evaluation's own part, with a detector that needs no training: pixels batch by batch against all at once."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pushpull_jax import evaluation, metrics, scored
+from pushpull_jax import bootstrap, evaluation, metrics, scored
 from pushpull_jax.config import Config, Data
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.data.images import mask_to_image, read_image, read_mask, resize_image
 from pushpull_jax.data.sources import read_records
-from pushpull_jax.report import choose_cases
+from pushpull_jax.gallery import choose_cases
 from pushpull_jax.streaming_metrics import PixelHistogram
 
 SIZE = 32
@@ -96,19 +97,51 @@ RULES = {"mask_rule": "", "fpr_limit": 0.3}
 
 
 @pytest.mark.parametrize("threshold", [0.0, 60.0, 70.0, 1e9])
-def test_maps_are_kept_of_the_cases_that_all_images_give(config, everything, threshold):
+def test_maps_are_kept_of_the_cases_that_all_images_give(config, everything, threshold, monkeypatch):
+    monkeypatch.setattr(scored, "choose_cases", partial(choose_cases, limit=9))
     detector = SimpleNamespace(threshold=threshold, detect_resized=DETECTOR.detect_resized)
     images, _ = evaluation.score(detector, config)
     labels, _, masks, maps = everything["all"]
-    chosen = {i for group in choose_cases(labels, images.scores, threshold).values() for i in group}
-    assert set(images.shown) == {images.records[i].key for i in chosen} and len(chosen) < len(labels)
-    for i in chosen:
+    types = [record.defect_type for record in images.records]
+    chosen = choose_cases(labels, images.scores, types, threshold, limit=9)
+    assert list(images.shown) == [images.records[i].key for i in chosen] and len(chosen) == 9 < len(labels)
+    cases = evaluation._cases(images, config)
+    for i, case in zip(chosen, cases, strict=True):
         shown = images.shown[images.records[i].key]
         np.testing.assert_allclose(shown.map, maps[i], rtol=1e-6)
         np.testing.assert_array_equal(shown.mask, masks[i])
         assert shown.map.base is None and shown.mask.base is None  # or the whole batch stays in memory
-    case = evaluation._case(images, min(chosen), config)
-    assert case.key == images.records[min(chosen)].key and case.map.shape == case.mask.shape == (SIZE, SIZE)
+        # The images have 64 pixels a side, twice those of the run; a photograph keeps them.
+        assert case.key == images.records[i].key and case.image.shape == (64, 64, 3) and case.map is shown.map
+
+
+def test_intervals_are_those_of_each_category_and_of_their_mean(config, everything, monkeypatch):
+    monkeypatch.setattr(bootstrap, "LEAST_IMAGES", 3)  # of good ones there are no more
+    images, _ = evaluation.score(DETECTOR, config)
+    plain = evaluation.measure_categories(images, DETECTOR.threshold)
+    found = evaluation.with_intervals(plain, images)
+    assert {name: found[name] for name in evaluation.METRICS} == {name: plain[name] for name in evaluation.METRICS}
+    resampled = {}
+    for name, stream in zip(("a", "b"), np.random.default_rng(0).spawn(2), strict=True):
+        labels, scores, masks, maps = everything[name]
+        histograms = [bootstrap.image_histogram(*image) for image in zip(masks, maps, strict=True)]
+        resampled[name] = bootstrap.resampled_metrics(stream, labels == 1, scores, histograms, fpr_limit=0.3)
+        own = found["categories"][name]["intervals"]
+        assert (own["level"], own["resamples"]) == (0.95, 1000)
+        assert own["aupro"] == pytest.approx(np.quantile(resampled[name]["aupro"], (0.025, 0.975)), abs=1e-4)
+        assert own["aupro"][0] <= found["categories"][name]["aupro"] <= own["aupro"][1]
+    mean = (resampled["a"]["aupro"] + resampled["b"]["aupro"]) / 2
+    assert found["intervals"]["aupro"] == pytest.approx(np.quantile(mean, (0.025, 0.975)), abs=1e-4)
+
+
+def test_images_in_perfect_order_have_an_interval_of_the_auroc_alone(config):
+    detector = SimpleNamespace(threshold=0.5, detect_resized=lambda images: (np.zeros(len(images)), maps_of(images)))
+    images, _ = evaluation.score(detector, config)
+    images = images._replace(scores=images.labels.astype(np.float32)).of_category("a")
+    found = evaluation.with_intervals(evaluation.measure_categories(images, 0.5), images)["intervals"]
+    # Three pairs, since there are three good images: 0.025^(1/3) = 0.292.
+    assert found["image_auroc"] == pytest.approx([0.292, 1.0], abs=1e-3)
+    assert found["image_ap"] is None and found["aupro"] is None  # fewer than five
 
 
 def test_images_without_masks_have_no_pixel_metrics_and_no_warning(config, tmp_path):
