@@ -97,12 +97,12 @@ def with_intervals(result: dict[str, Any], scored: Scored) -> dict[str, Any]:
     own = {name: _intervals(values, parts[name]) for name, values in resampled.items()}
     if len(names) == 1:
         return result | {"intervals": own[names[0]]}
-    mean = {metric: np.mean([values[metric] for values in resampled.values()], axis=0) for metric in METRICS}
     categories = {name: part | {"intervals": own[name]} for name, part in result["categories"].items()}
+    mean = bootstrap.mean_of(list(resampled.values()))
     return result | {"intervals": _as_fields(bootstrap.intervals(mean)), "categories": categories}
 
 
-def _intervals(resampled: dict[str, np.ndarray], scored: Scored) -> dict[str, Any]:
+def _intervals(resampled: dict[str, bootstrap.Resampled], scored: Scored) -> dict[str, Any]:
     found = bootstrap.intervals(resampled)
     if separated := bootstrap.separated_auroc_interval(scored.labels, scored.scores):
         found["image_auroc"] = separated

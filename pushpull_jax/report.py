@@ -65,8 +65,8 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
 
     Raises:
         ValueError: labels, scores and defect_types differ in length, are empty, or hold other than 0 and 1 or finite
-            values; a threshold is not finite and above 0; a metric's name is unknown; or image, mask and map of a
-            case differ in size.
+            values; a threshold is not finite and above 0; a metric's name is unknown; or the map of a case is not
+            finite.
     """
     labels, scores = _checked(report)
     alarms = scores > report.threshold
