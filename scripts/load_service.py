@@ -247,6 +247,8 @@ async def wait_until_ready(port: int) -> None:
         writer.close()
         if answer.startswith(b"HTTP/1.1 200"):
             return
+        if b"failed" in answer:
+            raise RuntimeError("the service has failed; its log tells why")
         await asyncio.sleep(0.5)
 
 
