@@ -382,7 +382,7 @@ def serve(arguments: list[str]) -> None:
         raise InputError(f"needs {error.name}, of the extra `serve`: pip install 'pushpull_jax[serve]'") from error
     from pushpull_jax.detector import load
 
-    token = os.environ.get(TOKEN)
+    token = os.environ.get(TOKEN) or None
     with bind(chosen.host, chosen.port, token=token) as listening:
         detector = load(chosen.workdir)
         limits = Limits(

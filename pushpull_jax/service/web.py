@@ -73,6 +73,7 @@ class _Service:
 
     def __init__(self, detector: Detector, token: str | None, limits: Limits) -> None:
         self._detector = detector
+        self._threshold, self._map_threshold = detector.threshold, detector.map_threshold  # from the device, once
         self._token = token
         self._limits = limits
         self._uploads = Uploads(limits)
@@ -151,7 +152,7 @@ class _Service:
         with self._turn():
             decoded = await loop.run_in_executor(self._threads, self._decode, data, wants_heatmap)
             score, score_map = await self._batches.detect(decoded.resized)
-            threshold = self._detector.threshold
+            threshold = self._threshold
             answer = {
                 "score": score,
                 "threshold": threshold,
@@ -190,7 +191,7 @@ class _Service:
     def _draw(self, shown: np.ndarray, score_map: np.ndarray) -> bytes:
         score_map = self._detector.to_native(score_map, shown.shape[:2])
         encoded = io.BytesIO()
-        picture = heatmap.overlay(shown, score_map, threshold=self._detector.map_threshold)
+        picture = heatmap.overlay(shown, score_map, threshold=self._map_threshold)
         Image.fromarray(picture).save(encoded, "PNG", compress_level=1)
         return encoded.getvalue()
 
