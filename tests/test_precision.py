@@ -152,7 +152,7 @@ def test_a_precision_of_the_caller_holds_where_none_is_set():
     assert {of for _, of in products(closed)} == {jax.lax.Precision.HIGH, HIGHEST}
 
 
-@pytest.mark.parametrize("kind", ["transformer", "convolutional"])
+@pytest.mark.parametrize("kind", ["transformer", pytest.param("convolutional", marks=pytest.mark.slow)])
 def test_bfloat16_is_inside_the_networks_and_nowhere_else(kind):
     config = replace(CONFIG, reconstructor=replace(CONFIG.reconstructor, kind=kind))
     half = computing(config, dtype="bfloat16")

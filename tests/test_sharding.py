@@ -45,7 +45,7 @@ def trained(devices: int, *, batch: int, steps: int = 20):
 
 @pytest.mark.parametrize(
     ("devices", "batch"),
-    [(8, 16), (3, 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((8, 11), (5, 2)))],
+    [(8, 11), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((8, 16), (3, 4), (5, 2)))],
 )
 def test_losses_do_not_depend_on_the_devices(devices, batch):
     """Batches of 4 on 3 devices, and others, are filled up, and what fills them has no weight."""

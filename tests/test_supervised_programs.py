@@ -14,7 +14,7 @@ from PIL import Image
 
 import pushpull_jax
 from pushpull_jax import examples as examples_module
-from pushpull_jax import feature_bank, losses
+from pushpull_jax import extraction, losses
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Supervision, Training
 from pushpull_jax.data.demo import write_demo
@@ -394,8 +394,7 @@ def test_a_backbones_preprocessing_is_that_of_its_weights(normal_only, tmp_path,
 
 def test_confetti_is_a_function_of_seed_copy_and_image(everything, prepared, monkeypatch):
     bank, data = prepared
-    for module in (examples_module, feature_bank):
-        monkeypatch.setattr(module, "BATCH_SIZE", 3)  # other batches
+    monkeypatch.setattr(extraction, "BATCH_SIZE", 3)  # other batches
     records = [r for r in read_run(everything).normal if r.key not in data.summary["held_out"]]
     again = examples_module._confetti_examples(everything, bank, records)
     np.testing.assert_array_equal(again["mask"], data.examples["mask"][12:28])
