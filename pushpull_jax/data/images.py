@@ -15,7 +15,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -177,9 +177,8 @@ def resize_image(image: np.ndarray, *, size: int, mode: Resize = "stretch") -> n
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image must be [H,W,3], at least one pixel, got {list(image.shape)}")
     top, left, height, width = _box(*image.shape[:2], size, mode)
-    rows, columns = _resize_blocks(image.shape[0], height, 1), _resize_blocks(image.shape[1], width, 3)
-    values = image.astype(np.float32).reshape(len(image), -1)
-    resized = _multiplied(rows, columns, values).reshape(height, width, 3)
+    rows, columns = _resize_matrix(image.shape[0], height), _resize_matrix(image.shape[1], width)
+    resized = _resampled(image.astype(np.float32), rows, columns)
     if (height, width) == (size, size):
         return resized
     square = np.full((size, size, 3), LETTERBOX_GREY, np.float32)
@@ -262,7 +261,9 @@ def _anomalous_area(mask: np.ndarray, grid: tuple[int, int], size: int, mode: Re
     top, left, height, width = _box(*mask.shape, size, mode)
     rows = _overlaps(mask.shape[0], grid[0], start=top, length=height, total=size)
     columns = _overlaps(mask.shape[1], grid[1], start=left, length=width, total=size)
-    area = _multiplied(_blocks(rows), _blocks(columns), mask.astype(np.float64))
+    from scipy import sparse
+
+    area = _resampled(mask[..., None].astype(np.float64), sparse.csr_array(rows), sparse.csr_array(columns))[..., 0]
     return area, size * mask.shape[0] * size * mask.shape[1]
 
 
@@ -277,56 +278,24 @@ def _overlaps(n_in: int, n_out: int, *, start: int, length: int, total: int) -> 
     return np.maximum(overlap, 0).astype(np.float64)
 
 
-class _Block(NamedTuple):
-    """Some rows of a matrix, without the columns that are zero in all of them."""
-
-    rows: slice
-    columns: slice
-    weights: np.ndarray
-
-
-# Rows of a block. Few, so that little of it is zero, and enough for a product of matrices to pay; 4 to 32 were tried.
-_BLOCK_ROWS = 8
-
-
-def _blocks(matrix: np.ndarray) -> list[_Block]:
-    """The blocks of a matrix [n_out, n_in] that has its weights about the diagonal.
-
-    Their dense products take an eighth of the time of gathering each row's inputs (900 px to 256 px, two cores).
-    """
-    blocks = []
-    for start in range(0, len(matrix), _BLOCK_ROWS):
-        rows = slice(start, min(start + _BLOCK_ROWS, len(matrix)))
-        used = np.flatnonzero(matrix[rows].any(axis=0))
-        columns = slice(used[0], used[-1] + 1) if used.size else slice(0, 0)
-        blocks.append(_Block(rows, columns, np.ascontiguousarray(matrix[rows, columns])))
-    return blocks
-
-
 @functools.lru_cache(maxsize=64)
-def _resize_blocks(n_in: int, n_out: int, channels: int) -> list[_Block]:
-    """`resize_weights` for an axis whose every place holds some channels, one after another."""
-    blocks = _blocks(resize_weights(n_in, n_out))
-    if channels == 1:
-        return blocks
-    each = np.eye(channels, dtype=np.float32)
-    return [
-        _Block(
-            *(slice(part.start * channels, part.stop * channels) for part in block[:2]), np.kron(block.weights, each)
-        )
-        for block in blocks
-    ]
+def _resize_matrix(n_in: int, n_out: int) -> Any:
+    """`resize_weights`, sparse: an output has few inputs that carry weight."""
+    from scipy import sparse  # a fifth of a second to import
+
+    return sparse.csr_array(resize_weights(n_in, n_out))
 
 
-def _multiplied(left: list[_Block], right: list[_Block], values: np.ndarray) -> np.ndarray:
-    """left @ values @ right.T, for matrices of which `_blocks` are given; values [n_in, m_in]."""
-    between = np.empty((left[-1].rows.stop, values.shape[1]), values.dtype)
-    for block in left:
-        np.matmul(block.weights, values[block.columns], out=between[block.rows])
-    result = np.empty((len(between), right[-1].rows.stop), values.dtype)
-    for block in right:
-        np.matmul(between[:, block.columns], block.weights.T, out=result[:, block.rows])
-    return result
+def _resampled(values: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
+    """rows @ values @ columns.T in every channel of [H,W,c], for sparse matrices; C-contiguous.
+
+    In one thread, since images are read in several, beside a network that wants every core: products of dense blocks
+    by BLAS, which has threads of its own, take more of the processor.
+    """
+    for matrix in (rows, columns):
+        length, other, channels = values.shape
+        values = (matrix @ values.reshape(length, -1)).reshape(-1, other, channels).swapaxes(0, 1)
+    return np.ascontiguousarray(values)
 
 
 def _contents(source: Source, name: str | None) -> tuple[bytes, str]:
