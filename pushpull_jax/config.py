@@ -414,7 +414,8 @@ def varied(given: typing.Iterable[str], config: Config) -> dict[str, tuple[Any, 
         try:
             vary[name] = tuple(ast.literal_eval(f"({values},)"))
         except (ValueError, SyntaxError):  # words need no quotes
-            vary[name] = tuple(values.split(","))
+            words = {"true": True, "false": False} if isinstance(known[name], bool) else {}
+            vary[name] = tuple(words.get(value, value) for value in values.split(","))
     return vary
 
 

@@ -244,11 +244,14 @@ def test_a_grid_that_cannot_be_is_one_message(config, tmp_path, vary, expected):
 
 def test_values_on_the_command_line(config):
     given = ("seed=0,1", "supervision.alpha=1e-3", "data.category=a,b", "features.stages=(1,2),(3,)")
+    given += ("supervision.by_stage=true,false", "reconstructor.query=True,False")
     assert varied(given, config) == {
         "seed": (0, 1),
         "supervision.alpha": (1e-3,),
         "data.category": ("a", "b"),
         "features.stages": ((1, 2), (3,)),
+        "supervision.by_stage": (True, False),
+        "reconstructor.query": (True, False),
     }
     with pytest.raises(InputError, match="did you mean seed"):
         varied(("sed=1",), config)
