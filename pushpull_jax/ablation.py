@@ -255,7 +255,7 @@ def _first(traits: Traits, bank: FeatureBank, members: list[Member], mesh: Any) 
     missing = -len(members) % mesh.shape["grid"]
     settings = _spread(_stacked(numbers + numbers[:1] * missing), mesh)
     if all(state is None for state in hosted):
-        return settings, jax.jit(over_members(functools.partial(initial, traits), mesh, block=1))(settings, None)
+        return settings, jax.jit(over_members(functools.partial(initial, traits), mesh))(settings, None)
     return settings, _spread(_stacked([jax.device_get(state) for state in hosted + hosted[:1] * missing]), mesh)
 
 
@@ -321,7 +321,7 @@ def _train(
                 last = min((step // size + 1) * size, steps)
                 rows = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
                 indices = _spread(np.stack(rows + rows[:1] * (count - len(rows))), mesh)
-                states, told = program.run((states, settings, indices), features)
+                states, told = program.run(states, (settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 files.append_line(log, {"step": last, "loss": losses.tolist()})
                 checkpoints.check()
@@ -347,7 +347,7 @@ def _compile_training(
     shape = (len(settings.seed), size, config.training.batch_size)
     indices = _spread(np.zeros(shape, np.int32), mesh)
     function = functools.partial(train_chunk, traits)
-    program = compile_in_blocks(function, mesh, (states, settings, indices), features)
+    program = compile_in_blocks(function, mesh, states, (settings, indices), features)
     say(program.reason)
     return program
 
@@ -357,8 +357,8 @@ class _Scoring:
 
     def __init__(self, traits: Traits, mesh: Any, features: Any):
         self.traits, self.mesh, self.features = traits, mesh, features
-        self.moments = jax.jit(over_members(functools.partial(sum_moments, traits), mesh, block=1))
-        self.detect = jax.jit(over_members(functools.partial(detect_rows, traits), mesh, block=1))
+        self.moments = jax.jit(over_members(functools.partial(sum_moments, traits), mesh))
+        self.detect = jax.jit(over_members(functools.partial(detect_rows, traits), mesh))
 
     def __call__(self, members: list[Member], parameters: Any, standardisations: Any) -> list[dict[str, float]]:
         """METRICS of each member."""

@@ -1,8 +1,8 @@
 """Several trainings in one compiled program: everything of a run gets a leading axis of members, [M].
 
-Members differ in numbers alone, their `Settings`; what is compiled, shapes above all, they share. They are mapped in
-blocks: `lax.map` over blocks of m members, each block one `vmap`, and the members spread over the devices of the mesh
-axis "grid". Features are the rows of one bank, [N,h,w,C] not standardised, which every member reads.
+Members differ in numbers alone, their `Settings`; what is compiled, shapes above all, they share. They are trained in
+blocks: a loop over blocks of m members, each block one `vmap`, and the members spread over the devices of the mesh axis
+"grid". Features are the rows of one bank, [N,h,w,C] not standardised, which every member reads.
 """
 
 import functools
@@ -61,25 +61,48 @@ class Traits(NamedTuple):
     by_stage: bool
 
 
-def over_members(function: Callable[[Any, Any], Any], mesh: Mesh, *, block: int) -> Callable[[Any, Any], Any]:
+def over_members(function: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
     """(members' arguments, each leaf [M,...]; shared arguments) -> members' results, each leaf [M,...].
 
     Args:
-        function: (arguments of one member, shared arguments) -> result.
-        mesh: M is a multiple of its axis "grid", and what each device gets a multiple of `block`.
-        block: members that a device computes at a time.
+        function: (arguments of one member, shared arguments) -> result; a device computes one member after another.
+        mesh: its axis "grid" divides M.
     """
 
     def on_device(members: Any, shared: Any) -> Any:
-        one = functools.partial(_swapped, function, shared)
-        # A block of one is no vmap, under which the steps of a last, shorter chunk would be computed all the same.
-        return jax.lax.map(one, members, batch_size=block if block > 1 else None)
+        return jax.lax.map(lambda member: function(member, shared), members)
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=(P("grid"), P()), out_specs=P("grid"), check_vma=False)
 
 
-def _swapped(function: Callable, shared: Any, member: Any) -> Any:
-    return function(member, shared)
+def advance_members(function: Callable, mesh: Mesh, *, block: int) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """(states, members' arguments, each leaf [M,...]; shared arguments) -> states, and members' results [M,...].
+
+    The states are carried from block to block and changed where they are: `lax.map` would write them somewhere else,
+    which takes their memory twice, and 4 % of the time of a step of the demo (docs/experiments.md, section 11).
+
+    Args:
+        function: (state and arguments of one member, shared arguments) -> state and result.
+        mesh: M is a multiple of its axis "grid", and what each device gets a multiple of `block`.
+        block: members that a device computes at a time.
+    """
+
+    def on_device(states: Any, members: Any, shared: Any) -> tuple[Any, Any]:
+        count = len(jax.tree.leaves(states)[0])
+
+        def advance(states: Any, first: jax.Array) -> tuple[Any, Any]:
+            some = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, block), (states, members))
+            # A block of one is no vmap, under which the steps of a last, shorter chunk would be computed all the same.
+            over = jax.vmap if block > 1 else lambda one: functools.partial(jax.lax.map, one)
+            changed, results = over(lambda member: function(member, shared))(some)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+            return jax.tree.map(put, states, changed), results
+
+        states, results = jax.lax.scan(advance, states, jnp.arange(0, count, block))
+        return states, jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), results)
+
+    grid, specs = P("grid"), (P("grid"), P("grid"), P())
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=grid, check_vma=False)
 
 
 def initial(traits: Traits, member: Settings, shared: None) -> State:
@@ -90,10 +113,10 @@ def initial(traits: Traits, member: Settings, shared: None) -> State:
 
 
 def train_chunk(
-    traits: Traits, member: tuple[State, Settings, jax.Array], features: jax.Array
+    traits: Traits, member: tuple[State, tuple[Settings, jax.Array]], features: jax.Array
 ) -> tuple[State, dict[str, jax.Array]]:
-    """Some steps of one member: (state, settings, indices [n,B] among its examples) -> state, and metrics [n]."""
-    state, settings, indices = member
+    """Some steps of one member: (state, (settings, indices [n,B] among its examples)) -> state, and metrics [n]."""
+    state, (settings, indices) = member
     jitter = settings.jitter if traits.is_jittered else 0.0
     apply = training_apply(traits.network.reconstructor, jitter=jitter, precision=traits.network.matmul_precision)
     step = make_step(_loss(traits, settings), apply, _optimizer(settings))
@@ -157,25 +180,23 @@ class Compiled(NamedTuple):
     reason: str
 
 
-def compile_in_blocks(
-    function: Callable[[Any, Any], Any], mesh: Mesh, members: Any, shared: Any, *, donate: bool = False
-) -> Compiled:
-    """Compile a function of one member for all, with blocks that fit the memory by XLA's own account of the program.
+def compile_in_blocks(function: Callable, mesh: Mesh, states: Any, members: Any, shared: Any) -> Compiled:
+    """Compile `advance_members`, which may overwrite the states, with blocks that fit the memory by XLA's own account.
 
     Args:
-        function: (arguments of one member, shared arguments) -> result.
-        mesh: see `over_members`.
+        function: (state and arguments of one member, shared arguments) -> state and result.
+        mesh: see `advance_members`.
+        states: stacked states, or their shapes.
         members: stacked arguments, or their shapes.
         shared: shared arguments, or their shapes.
-        donate: whether the members' arguments may be overwritten.
     """
-    each = jax.tree.leaves(members)[0].shape[0] // mesh.shape["grid"]
+    each = jax.tree.leaves(states)[0].shape[0] // mesh.shape["grid"]
     free, whose = free_memory(mesh.devices.flat[0])
     budget = MEMORY_SHARE * free
     block = largest_block(each, START.get(mesh.devices.flat[0].platform, 8))
     while True:
-        mapped = jax.jit(over_members(function, mesh, block=block), donate_argnums=0 if donate else ())
-        compiled = mapped.lower(members, shared).compile()
+        advance = jax.jit(advance_members(function, mesh, block=block), donate_argnums=0)
+        compiled = advance.lower(states, members, shared).compile()
         need = needed_memory(compiled)
         # Temporary memory grows with the block; what is passed in and out does not.
         fitting = largest_block(each, max(1, int(block * budget / need)) if need > budget else block)

@@ -198,31 +198,34 @@ def test_another_grid_in_the_folder_is_refused(ablation, finished):
 @pytest.mark.parametrize("block", [1, 2, 3, 6])
 def test_blocks_do_not_change_the_numbers(block):
     mesh = device_mesh(grid=2)
-    members = (np.arange(12.0, dtype=np.float32).reshape(12, 1), np.arange(12, dtype=np.int32))
-    function = grid.over_members(lambda member, shared: member[0] * member[1] + shared, mesh, block=block)
-    result = jax.jit(function)(spread(members, mesh, "grid"), replicate(np.float32(2), mesh))
-    np.testing.assert_array_equal(result[:, 0], np.arange(12.0) ** 2 + 2)
-    assert len(result.sharding.device_set) == 2
+    states, members = np.arange(12.0, dtype=np.float32).reshape(12, 1), np.arange(12, dtype=np.int32)
+    function = grid.advance_members(lambda own, shared: (own[0] + shared, own[0] * own[1]), mesh, block=block)
+    placed = spread((states, members), mesh, "grid")
+    states, result = jax.jit(function)(*placed, replicate(np.float32(2), mesh))
+    np.testing.assert_array_equal(states[:, 0], np.arange(12.0) + 2)
+    np.testing.assert_array_equal(result[:, 0], np.arange(12.0) ** 2)
+    assert len(result.sharding.device_set) == len(states.sharding.device_set) == 2
 
 
 def test_the_block_is_what_fits_the_memory(monkeypatch):
     """A member needs [256,256] float32 more than its argument of [256], 0.25 MB; two devices have six members each."""
     mesh = device_mesh(grid=2)
-    members = spread(np.ones((12, 256), np.float32), mesh, "grid")
     one = 256 * 256 * 4
 
     def outer(member, shared):
-        return jax.numpy.linalg.eigh(member[:, None] * member[None, :] + shared)[0]
+        state, _ = member
+        return jax.numpy.linalg.eigh(state[:, None] * state[None, :] + shared)[0], state[:1]
 
     chosen = {}
     monkeypatch.setattr(grid, "START", {"cpu": 6})
     for budget in (0.2, 0.8, 100):
         free = budget * 4 * one / grid.MEMORY_SHARE
         monkeypatch.setattr(grid, "free_memory", lambda _, free=free: (free, "a test"))
-        program = grid.compile_in_blocks(outer, mesh, members, replicate(np.float32(1), mesh))
+        states = spread(np.ones((12, 256), np.float32), mesh, "grid")
+        program = grid.compile_in_blocks(outer, mesh, states, (), replicate(np.float32(1), mesh))
         chosen[budget] = program.block
         assert f"{program.block} at a time" in program.reason and "a test" in program.reason
-        assert program.run(members, replicate(np.float32(1), mesh)).shape == (12, 256)
+        assert program.run(states, (), replicate(np.float32(1), mesh))[0].shape == (12, 256)
     assert chosen[0.2] == 1 and chosen[100] == 6 and 1 <= chosen[0.8] < 6
 
 
