@@ -14,7 +14,7 @@ import numpy as np
 
 from pushpull_jax.config import FILE_SOURCES, Config
 from pushpull_jax.data.images import mask_to_grid, read_image, read_mask
-from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed
+from pushpull_jax.data.manifest import Record, fingerprint, hold_out, listed, measurable
 from pushpull_jax.data.pipeline import check_readable
 from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_records
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
@@ -77,7 +77,7 @@ def read_run(config: Config) -> RunRecords:
     supervision, is_push_pull = config.supervision, config.training.loss == "push_pull"
     records = read_records(config.data.source, config.data.root, config.data.category)
     normal = tuple(record for record in records if record.split == "train" and record.label == 0)
-    test = tuple(record for record in records if record.split == "test")
+    test = measurable(records)
     drawn = draw_shots(
         test, shots=supervision.shots, setting=supervision.setting, seen=supervision.seen, seed=config.seed
     )

@@ -15,7 +15,7 @@ import numpy as np
 from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.bootstrap import ImageHistogram, image_histogram
 from pushpull_jax.config import Config
-from pushpull_jax.data.manifest import Record
+from pushpull_jax.data.manifest import Record, measurable
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import Detector
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
 
 
 def score(detector: Detector, config: Config, *, without: Collection[str] = ()) -> tuple[Scored, dict[str, str]]:
-    """Score the test images of a config's category.
+    """Score the labelled test images of a config's category.
 
     Args:
         detector: of the run.
@@ -81,7 +81,9 @@ def score(detector: Detector, config: Config, *, without: Collection[str] = ()) 
         InputError: the data, or any of the images, cannot be read.
     """
     records = read_records(config.data.source, config.data.root, config.data.category)
-    records = tuple(record for record in records if record.split == "test" and record.key not in without)
+    if unlabelled := sum(record.split == "test" and record.label is None for record in records):
+        say(f"{unlabelled} test images are unlabelled, and left out")
+    records = tuple(record for record in measurable(records) if record.key not in without)
     dropped: dict[str, str] = {}
     batches = image_batches(
         records,

@@ -13,6 +13,7 @@ from pushpull_jax.config import Config, Data
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.data.images import mask_to_image, read_image, read_mask, resize_image
 from pushpull_jax.data.sources import read_records
+from pushpull_jax.examples import read_run
 from pushpull_jax.gallery import choose_cases
 from pushpull_jax.streaming_metrics import PixelHistogram
 
@@ -158,3 +159,17 @@ def test_images_without_masks_have_no_pixel_metrics_and_no_warning(config, tmp_p
     assert not images.pixels.has_regions
     # What is unknown is not taken for normal.
     assert images.has_mask.tolist() == [True, False] and sum(part.size for part in images.pixels.normal) == SIZE**2
+
+
+def test_unlabelled_test_images_are_left_out(config, tmp_path, capsys):
+    records = read_records("mvtec_ad", config.data.root, "a")
+    labels = {r.key: "" if r.key.endswith("good/000.png") and r.split == "test" else r.label for r in records}
+    rows = (f"{r.image},{labels[r.key]},{r.mask or ''},{r.split},a" for r in records)
+    (tmp_path / "parts.csv").write_text("\n".join(("path,label,mask,split,category", *rows)))
+    table = replace(config, data=Data("manifest", str(tmp_path / "parts.csv"), "a", image_size=SIZE))
+    images, _ = evaluation.score(DETECTOR, table)
+    whole, _ = evaluation.score(DETECTOR, replace(config, data=replace(config.data, category="a")))
+    # Three good images a category, one of which has no label here.
+    assert list(labels.values()).count("") == 1 and (~images.labels).sum() == 2 and (~whole.labels).sum() == 3
+    assert len(read_run(table).test) == len(images.records) == len(whole.records) - 1
+    assert "1 test images are unlabelled" in capsys.readouterr().err

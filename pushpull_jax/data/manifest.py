@@ -79,6 +79,11 @@ def listed(names: Sequence[str], *, separator: str = ", ", limit: int = 10) -> s
     return separator.join(shown)
 
 
+def measurable(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The test images whose label is known; of an unlabelled one no verdict is right or wrong."""
+    return tuple(record for record in records if record.split == "test" and record.label is not None)
+
+
 def missing_category(category: str, names: Sequence[str], *, where: str, hint: str = "") -> InputError:
     """The error for a category that is not there: it names those that are, and the nearest one or a hint instead."""
     hint = hint or nearest(category, names)
