@@ -54,7 +54,10 @@ def evaluate(
     if root is not None:
         config = replace(config, data=replace(config.data, root=str(root)))
     detector = load(folder, reconstructor=reconstructor)
-    scored, left_out = score(detector, config, without=run["data"]["out_of_test"])
+    data = run["data"]
+    # Older runs do not tell what they trained on.
+    used = {*data.get("trained", ()), *data["held_out"], *data["labelled"]}
+    scored, left_out = score(detector, config, without=data["out_of_test"], used=used)
     result = with_intervals(measure_categories(scored, detector.threshold), scored) | {
         "resolution": config.data.image_size,
         "mask_rule": "anomalous where at least half of the area is, at the resolution; a letterbox's margin is normal",

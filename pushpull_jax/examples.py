@@ -157,6 +157,7 @@ def prepare(
         summary={
             "fingerprint": fingerprint([record for record in records.all if record.key not in dropped]),
             "train": len(fit),
+            "trained": [record.key for record in fit],
             "held_out": [record.key for record in held],
             "test": len(test),
             "labelled": {record.key: label for record, label in records.labelled if record.key not in dropped},

@@ -105,7 +105,8 @@ def _check_unseen(paths: Sequence[Path], config: Config, data: dict[str, Any]) -
     except InputError:
         return
     normal = {record.key for record in records if record.split == "train" and record.label == 0}
-    keys = (normal - set(data["held_out"])) | set(data["labelled"])
+    # The split may be another than it was; older runs do not tell what they trained on.
+    keys = set(data.get("trained", normal - set(data["held_out"]))) | set(data["labelled"])
     trained = {os.path.realpath(r.image) for r in records if r.key in keys and isinstance(r.image, str)}
     seen = [str(path) for path in paths if os.path.realpath(path) in trained]
     if seen:

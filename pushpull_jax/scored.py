@@ -15,7 +15,7 @@ import numpy as np
 from pushpull_jax.batching import BATCH_SIZE
 from pushpull_jax.bootstrap import ImageHistogram, image_histogram
 from pushpull_jax.config import Config
-from pushpull_jax.data.manifest import Record, measurable
+from pushpull_jax.data.manifest import Record, listed, measurable
 from pushpull_jax.data.pipeline import image_batches
 from pushpull_jax.data.sources import read_records
 from pushpull_jax.detector import Detector
@@ -66,13 +66,17 @@ class Scored(NamedTuple):
         return Scored(records, self.scores[own], self.has_mask[own], pixels, shown, histograms)
 
 
-def score(detector: Detector, config: Config, *, without: Collection[str] = ()) -> tuple[Scored, dict[str, str]]:
+def score(
+    detector: Detector, config: Config, *, without: Collection[str] = (), used: Collection[str] = ()
+) -> tuple[Scored, dict[str, str]]:
     """Score the labelled test images of a config's category.
 
     Args:
         detector: of the run.
         config: of the run.
-        without: keys of test images that were trained on, or withheld.
+        without: keys of test images that were drawn to be trained on, or withheld.
+        used: keys of other images that were trained on, or fitted the threshold; where the data have no split of their
+            own and have changed, they may be test images now, and are left out.
 
     Returns:
         The images, and why some were left out, by key, if the config says to skip what cannot be read.
@@ -84,6 +88,9 @@ def score(detector: Detector, config: Config, *, without: Collection[str] = ()) 
     if unlabelled := sum(record.split == "test" and record.label is None for record in records):
         say(f"{unlabelled} test images are unlabelled, and left out")
     records = tuple(record for record in measurable(records) if record.key not in without)
+    if moved := [record.key for record in records if record.key in used]:
+        say(f"the data have changed: {len(moved)} test images are left out, for the run has used them: {listed(moved)}")
+        records = tuple(record for record in records if record.key not in used)
     dropped: dict[str, str] = {}
     batches = image_batches(
         records,

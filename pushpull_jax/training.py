@@ -129,7 +129,8 @@ def _trained(
     if start:
         data.summary["start"] = check_start(start, data)
     if resumed:
-        if data.summary != files.read_config(folder)[1]["data"]:
+        there = files.read_config(folder)[1]["data"]
+        if {name: data.summary.get(name) for name in there} != there:
             raise InputError(
                 f"workdir {folder} holds a run on other data: other files can be read now, or it started from "
                 "another run"

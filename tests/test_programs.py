@@ -1,6 +1,7 @@
 """The programs end to end on a small drawn data set: train, resume, evaluate, predict, and what can go wrong."""
 
 import csv
+import hashlib
 import itertools
 import json
 import shutil
@@ -22,12 +23,15 @@ from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Reconst
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import build_network, detect_features, initial_state
 from pushpull_jax.errors import InputError
+from pushpull_jax.evaluation import evaluate
 from pushpull_jax.features import Standardisation, extract
 from pushpull_jax.prediction import find_images, predict
+from pushpull_jax.recalibration import calibrate
 from pushpull_jax.training import train
 from pushpull_jax.whitening import Moments, fit_whitening
 
 SIZE = 64
+COUNTS = ("images", "normal", "anomalous", "image_auroc")
 
 
 @pytest.fixture(scope="module")
@@ -510,3 +514,28 @@ def test_real_bottle_is_read_and_learned_from(shared_data, config, tmp_path):
     metrics = train(replace(config, data=data, training=replace(config.training, steps=2)), tmp_path / "run")
     # The counts of this copy of the category: 12 good test images, 30 defective ones.
     assert (metrics["normal"], metrics["anomalous"]) == (12, 30)
+
+
+def test_images_trained_on_are_never_tested_however_the_split_moves(root, config, tmp_path, capsys):
+    def digest(key: str) -> bytes:
+        return hashlib.sha256(key.encode()).digest()  # that of `manifest.share_for_test`
+
+    base = tmp_path / "data/flange"
+    shutil.copytree(root / "flange/train/good", base / "good")
+    shutil.copytree(root / "flange/test/dent", base / "bad")
+    data = replace(config.data, root=str(base.parent), source="good_bad")
+    first = train(replace(config, data=data), tmp_path / "run")
+    assert (first["normal"], first["anomalous"]) == (2, 1)  # round(12 / 5)
+    order = sorted((f"flange/good/{path.name}" for path in (base / "good").iterdir()), key=digest)
+    # Twelve more, none of which belongs to the first five, which are the fifth that is tested of 24.
+    later = [name for name in map("new{}.png".format, range(100)) if digest(f"flange/good/{name}") > digest(order[4])]
+    for name in later[:12]:
+        shutil.copy(base.parent / order[0], base / "good" / name)
+    capsys.readouterr()
+    again = evaluate(tmp_path / "run")
+    assert {name: again[name] for name in COUNTS} == {name: first[name] for name in COUNTS}
+    assert "3 test images are left out, for the run has used them: flange/good/" in capsys.readouterr().err
+    run = json.loads((tmp_path / "run/config.json").read_text())["data"]
+    moved = next(key for key in order[2:5] if key not in run["held_out"])
+    with pytest.raises(InputError, match="1 of the images were trained on"):
+        calibrate(tmp_path / "run", [base.parent / moved], false_positive_rate=0.2)
