@@ -83,7 +83,9 @@ def read_run(config: Config) -> RunRecords:
     )
     given = tuple(record for record in records if record.split == "train" and record.label != 0)
     if given and not is_push_pull:
-        say(f"{len(given)} labelled anomalies of the training split are not used: training.loss is squared")
+        anomalous = sum(record.label == 1 for record in given)
+        shown = f"{anomalous} labelled anomalies and {len(given) - anomalous} unlabelled images"
+        say(f"{shown} of the training split are not used: training.loss is squared")
     irrelevant: tuple[Record, ...] = ()
     if supervision.irrelevant:
         count = supervision.irrelevant_count or len(normal)

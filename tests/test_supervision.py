@@ -114,3 +114,11 @@ def test_masks_that_are_asked_for_must_be_there():
     with pytest.raises(InputError, match="nut/test/bent/000.png"):
         deal_labels([without], ("mask",))
     assert deal_labels([without], ("image",))[0][1] == "image"
+
+
+def test_nothing_is_known_of_an_image_without_a_label():
+    unlabelled = Record("nut/0.png", "/x", None, None, "unlabelled", "train", "nut")
+    bent = [record for record in TEST if record.defect_type == "bent"][:2]
+    for labels in (("mask",), ("image",), ("unused",), ("mask", "image")):
+        dealt = deal_labels([unlabelled, *bent], labels)
+        assert dealt == ((unlabelled, "unlabelled"), *deal_labels(bent, labels))

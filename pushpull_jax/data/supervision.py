@@ -83,12 +83,15 @@ def deal_labels(records: Sequence[Record], labels: Sequence[Label]) -> tuple[tup
     """Give each labelled image a kind of label; those that are dealt "unused" are left out.
 
     The kinds take turns in the order of the keys, which puts the images of one type together: each type gets all kinds.
+    An image without a label takes no turn: it is "unlabelled".
 
     Raises:
         InputError: an image without a mask is dealt "mask".
     """
-    turn = {key: i for i, key in enumerate(sorted(record.key for record in records))}
-    dealt = tuple((record, labels[turn[record.key] % len(labels)]) for record in records)
+    turn = {key: i for i, key in enumerate(sorted(record.key for record in records if record.label is not None))}
+    dealt = tuple(
+        (record, labels[turn[record.key] % len(labels)] if record.key in turn else "unlabelled") for record in records
+    )
     without = sorted(record.key for record, label in dealt if label == "mask" and record.mask is None)
     if without:
         raise InputError(f"supervision.labels asks for the masks of images that have none: {listed(without)}")
