@@ -1,13 +1,15 @@
 """What a run has of its machine and what it takes: devices and memory, in bytes, and as single lines for its log.
 
-An accelerator tells of its memory itself; that of a CPU is the machine's, as Linux tells it.
+An accelerator tells of its memory itself; that of a CPU is the machine's, as Linux tells it, or less where a container
+or a cluster's job may not have all of it.
 """
 
 import functools
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,10 +59,47 @@ def free_memory(device: jax.Device) -> tuple[int, str]:
     return free_host_memory() // len(jax.local_devices()), "the machine's free memory, by device"
 
 
-def free_host_memory() -> int:
-    """Bytes that a program on this machine may take without swapping."""
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+def free_host_memory(*, root: Path = Path("/")) -> int:
+    """Bytes that a program on this machine may take without swapping, or being killed for it.
+
+    Args:
+        root: of the file system that tells of them.
+    """
+    machine = root / "proc/meminfo"
+    if not machine.is_file():  # macOS tells what there is, not what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([1024 * _numbers(machine)["MemAvailable"], *_free_in_groups(root)])
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """Bytes that are free in each control group of this process that has a limit, those around its own included."""
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:  # version 2 names no controllers; no other group has such files
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        # Within a container the path may be that of the machine, of which only the base is there.
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base) and (folder / names[0]).is_file():
+                yield from _free_in_group(folder, *names)
+
+
+def _free_in_group(folder: Path, limit: str, used: str, inactive: str) -> Iterator[int]:
+    most = (folder / limit).read_text().strip()
+    if most != "max":
+        # Files that the kernel keeps in memory count as used, but it gives up those that were not read lately.
+        kept = _numbers(folder / "memory.stat").get(inactive, 0)
+        yield max(int(most) - int((folder / used).read_text()) + kept, 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel that has a name and a number on each line."""
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def needed_memory(compiled: Any) -> int:
