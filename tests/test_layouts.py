@@ -231,6 +231,7 @@ def test_tables_without_split_category_or_type(table):
         ("path,label\nx/0.png,fine\n", "rows that are none: row 2: label must be one of normal, .* got 'fine'"),
         ("path,label,split\nx/0.png,0,train\nx/1.png,0,\n", "row 3: split must be train or test, got ''"),
         ("path,label\nx/0.png,0\nx/0.png,1\n", "twice: x/0.png"),
+        ("path,label\nx/0.png,0\n./x/0.png,1\n", "twice: ./x/0.png, x/0.png"),
         ("path,label\nx/7.png,0\n", "do not exist: x/7.png"),
         ("path,label,mask\nx/0.png,1,m/7.png\n", "do not exist: m/7.png"),
         ("path,label,category\nx/0.png,0,nut\n", "no category 'parts' in .*parts.csv, which holds: nut"),

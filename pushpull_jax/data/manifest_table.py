@@ -64,11 +64,11 @@ def read_table(table: str | os.PathLike, category: str, *, faults: Faults | None
     if not chosen:
         raise missing_category(category, sorted({row["category"] for row in rows}), where=str(table))
     found: Faults = defaultdict(list)
-    times = Counter(row["path"] for row in rows)
+    times = Counter(_file(row, table) for row in rows)
     has_split = any(row["split"] for row in rows)
     records = {}
     for row in chosen:
-        if times[row["path"]] > 1:
+        if times[_file(row, table)] > 1:
             found[Fault("images that stand in the table twice", "table")].append(row["path"])
         if _has_faults(row, table, found, has_split=has_split):
             continue
@@ -81,6 +81,11 @@ def read_table(table: str | os.PathLike, category: str, *, faults: Faults | None
         }
     settle(found, faults, what=f"category {category} of {table.name}", base=table.parent)
     return tuple(records[key] for key in sorted(records))
+
+
+def _file(row: dict[str, Any], table: Path) -> str:
+    """The image of a row, however its path is written."""
+    return os.path.normpath(os.path.join(table.parent, row["path"]))
 
 
 def _record(row: dict[str, Any], base: Path) -> Record:
