@@ -22,6 +22,7 @@ from PIL import Image
 from pushpull_jax import heatmap
 from pushpull_jax.data.images import decode_image, read_mask
 from pushpull_jax.data.manifest import Record
+from pushpull_jax.data.pipeline import cores
 from pushpull_jax.errors import InputError
 from pushpull_jax.inspection import Inspection, Problem
 from pushpull_jax.inspection_table import areas_of, percent
@@ -37,7 +38,7 @@ def write_contact_sheet(path: str | os.PathLike, inspection: Inspection) -> None
     """Write the page, whole or not at all; pictures are decoded again, a few of each kind."""
     template = resources.files("pushpull_jax").joinpath("templates/contact_sheet.html").read_text("utf-8")
     layout = inspection.layout
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         page = string.Template(template).substitute(
             title=_text(layout.root.name),
             summary=f"{_text(layout.name)}, {_text(layout.reason)}",

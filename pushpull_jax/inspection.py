@@ -23,6 +23,7 @@ from pushpull_jax.data.images import decode_image, decode_mask
 from pushpull_jax.data.layouts import Layout, recognise
 from pushpull_jax.data.manifest import Record, mask_files
 from pushpull_jax.data.near_duplicates import near_duplicates, thumbnail
+from pushpull_jax.data.pipeline import cores
 from pushpull_jax.data.sources import read_records
 from pushpull_jax.errors import InputError
 from pushpull_jax.progress import progress_bar
@@ -124,7 +125,7 @@ def relative_to(file: str | os.PathLike, base: Path) -> str:
 
 
 def _examined(records: Sequence[Record], base: Path, threads: int | None) -> Iterator[Facts]:
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         # Some at a time: whoever interrupts it waits for those that were handed out.
         for start in range(0, len(records), 256):
             yield from pool.map(lambda record: _examine(record, base), records[start : start + 256])

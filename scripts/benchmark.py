@@ -27,6 +27,7 @@ import jax
 from benchmark_harness import Contest, Machine, Row, Settings, limits, measure, measure_machine
 
 from pushpull_jax import workdir as files
+from pushpull_jax.data.pipeline import cores
 from pushpull_jax.errors import InputError
 
 ROWS = {row.name: row for row in (*benchmark_models.ROWS, *benchmark_programs.ROWS, *benchmark_grid.ROWS)}
@@ -44,10 +45,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [name for name in given.rows if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(ROWS)}")
     return given
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pushpull_jax import cli
+from pushpull_jax import cli, contact_sheet, inspection
 from pushpull_jax.data.layouts import recognise
 from pushpull_jax.errors import InputError
 from pushpull_jax.inspection import inspect
@@ -269,3 +270,18 @@ def test_masks_are_outlined(root, monkeypatch, capsys):
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
     # 12 of 48 rows are marked, so the line is row 12: the one that is most like magenta.
     assert np.abs(picture.mean(axis=1) - (255, 0, 200)).sum(axis=1).argmin() == 12
+
+
+def test_threads_are_as_many_as_the_processors_of_this_process(root, tmp_path, monkeypatch):
+    counts = []
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, count):
+            counts.append(count)
+            super().__init__(count)
+
+    for module in (inspection, contact_sheet):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", Counted)
+        monkeypatch.setattr(module, "cores", lambda: 3)
+    contact_sheet.write_contact_sheet(tmp_path / "page.html", inspect(root))
+    assert counts == [3, 3]
