@@ -20,9 +20,10 @@ from pushpull_jax.data.sources import is_extracted_visa, read_irrelevant, read_r
 from pushpull_jax.data.supervision import Label, deal_labels, draw_shots
 from pushpull_jax.errors import InputError
 from pushpull_jax.feature_bank import FeatureBank, FeatureRows
-from pushpull_jax.features import Standardisation, fit_standardisation, raw
+from pushpull_jax.features import Standardisation, channel_moments, fit_standardisation, joined_moments, raw
 from pushpull_jax.losses import IMAGE_LABEL, MASK, UNLABELLED
 from pushpull_jax.progress import progress_bar, say
+from pushpull_jax.shares import gathered, share, shared_out
 from pushpull_jax.steps import Batch, Pool
 
 _KINDS: dict[Label, int] = {"mask": MASK, "image": IMAGE_LABEL, "unlabelled": UNLABELLED}
@@ -125,9 +126,10 @@ def prepare(
     given = (records.labelled, config.supervision.confetti_copies, records.irrelevant)
     places = _places(config, sum(map(bool, given)))
     _check_counts(config, records.normal)
-    with progress_bar(desc="checking test images", total=len(records.test), unit="image") as bar:
-        test = check_readable(records.test, on_unreadable=policy, dropped=dropped, progress=lambda *_: bar.update())
-    check_readable([record for record, _ in records.labelled], on_unreadable=policy, dropped=dropped)
+    checked = [*records.test, *(record for record, _ in records.labelled)]
+    with progress_bar(desc="checking test images", total=len(checked), unit="image") as bar:
+        check = functools.partial(check_readable, on_unreadable=policy, progress=lambda *_: bar.update())
+        shared_out(lambda some, unreadable: check(some, dropped=unreadable), checked, dropped)
     records = records._replace(labelled=tuple(pair for pair in records.labelled if pair[0].key not in dropped))
     rows = bank.rows(records.normal, what="features", dropped=dropped)
     normal = [record for record in records.normal if record.key not in dropped]
@@ -161,7 +163,7 @@ def prepare(
             "train": len(fit),
             "trained": [record.key for record in fit],
             "held_out": [record.key for record in held],
-            "test": len(test),
+            "test": sum(record.key not in dropped for record in records.test),
             "labelled": {record.key: label for record, label in records.labelled if record.key not in dropped},
             "out_of_test": list(records.out_of_test),
             "irrelevant": sum(record.key not in dropped for record in records.irrelevant),
@@ -182,7 +184,9 @@ def _standardisation(config: Config, bank: FeatureBank, rows: np.ndarray) -> Sta
     widths = bank.spec.widths
     if not config.features.standardise:
         return raw(sum(widths))
-    fitted, constant = fit_standardisation(bank.read(rows), widths, stage_weights=config.features.stage_weights)
+    own = channel_moments(bank.read(share(rows)), sum(widths))
+    moments = joined_moments(gathered(own[None]), sum(widths))
+    fitted, constant = fit_standardisation(moments, widths, stage_weights=config.features.stage_weights)
     if constant:
         say(f"channels {constant} of the features are constant over the training images; they are only shifted")
     return fitted

@@ -87,19 +87,18 @@ class FeatureBank:
             reduce: from the pixels [S,S] that noise changed to the mask that is kept.
         """
         sources = [Source(record, (seed, c, i)) for c in range(copies) for i, record in enumerate(records)]
-        return self._add(sources, "confetti", {}, reduce=reduce)
+        rows, masks = self._add(sources, "confetti", {}, reduce=reduce)
+        return rows[rows >= 0], masks
 
     def _add(
         self, sources: list[Source], what: str, dropped: dict[str, str], *, reduce: Callable | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rows of sources, -1 of those that cannot be read, and their masks."""
-        rows, reduced = np.full(len(sources), -1, np.int32), {}
+        """Rows of sources, -1 of those that cannot be read, and the masks of the others."""
+        rows = np.full(len(sources), -1, np.int32)
         with progress_bar(desc=what, total=len(sources), unit="image") as bar:
-            for positions, masks in self.store.add(sources, dropped, bar.update):
-                rows[positions] = np.arange(len(self.store) - len(positions), len(self.store))
-                if reduce is not None:
-                    reduced |= dict(zip(positions.tolist(), map(reduce, masks), strict=True))
-        return rows, None if reduce is None else np.stack([reduced[i] for i in range(len(sources))])
+            positions, masks = self.store.add(sources, dropped, bar.update, reduce)
+        rows[positions] = np.arange(len(self.store) - len(positions), len(self.store))
+        return rows, masks
 
     def rows_with_masks(
         self, records: Sequence[Record], *, what: str, dropped: dict[str, str]

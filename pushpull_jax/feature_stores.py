@@ -1,8 +1,9 @@
 """Where the features of a run are while it trains: in memory, in files on disk, or nowhere, extracted with each batch.
 
-`add` makes rows of sources, `read` gives the features of some rows. Where features are not in memory, `loaded` gives
-what is read of batches of rows on the host, and `program` what the devices make of it; the batches are gone through
-more than once. Reading is local and pure: a process reads the rows that it asks for, and no other.
+`add` makes rows of sources, all of them in each process, of which each decodes a share. `read` gives the features of
+some rows. Where features are not in memory, `loaded` gives what is read of batches of rows on the host, and `program`
+what the devices make of it; the batches are gone through more than once. Reading is local and pure: a process reads the
+rows that it asks for, and no other.
 """
 
 import functools
@@ -25,17 +26,20 @@ from pushpull_jax.errors import InputError
 from pushpull_jax.extraction import Extractor, Source, compiled_stream, features_of, noise_of
 from pushpull_jax.feature_cache import FeatureCache
 from pushpull_jax.features import FeatureSpec, Standardisation
-from pushpull_jax.hosts import divided, exchange
+from pushpull_jax.hosts import agreed, exchange
 from pushpull_jax.mesh import replicate
 from pushpull_jax.resources import free_host_memory, free_memory
+from pushpull_jax.shares import gathered, shared_out
 from pushpull_jax.user_cache import cache_folder
 
 # Of the free memory, where the config names no budget: features in memory are there three times for a while, as they
 # were extracted, standardised, and on the device, which on CPU is the same memory.
 SHARE = 0.25
 
-Added = Iterator[tuple[np.ndarray, np.ndarray | None]]
 Progress = Callable[[int], None]
+# From the pixels [S,S] that noise changed to the mask [...] that is kept.
+Reduce = Callable[[np.ndarray], np.ndarray]
+Added = tuple[np.ndarray, np.ndarray | None]
 
 
 class Store(Protocol):
@@ -44,16 +48,19 @@ class Store(Protocol):
     def __len__(self) -> int:
         """Rows so far."""
 
-    def add(self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress) -> Added:
+    def add(
+        self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress, reduce: Reduce | None = None
+    ) -> Added:
         """Make rows of the sources that can be read.
 
         Args:
-            sources: all of them with noise, or none.
-            dropped: see `image_batches`.
-            progress: told how many sources are done.
+            sources: all of them with noise, or none; the same in all processes.
+            dropped: see `image_batches`; receives what any process could not read.
+            progress: told how many sources this process has done.
+            reduce: applied to the pixels that noise changed; none where there is no noise.
 
-        Yields:
-            Positions [n] of sources, which have the next n rows now, and the pixels [n,S,S] that their noise changed.
+        Returns:
+            Positions [n] of the sources that have the next n rows now, ascending, and their reduced masks [n,...].
         """
 
     def read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -83,23 +90,24 @@ class Resident:
         self._parts.append(features)
         return np.arange(first, first + len(features), dtype=np.int32)
 
-    def add(self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress) -> Added:
-        if noise_of(sources) is None:
-            # Of several processes each extracts a share.
-            self.append(divided(functools.partial(self._extracted, progress), sources, dropped))
-            yield np.asarray([i for i, source in enumerate(sources) if source.record.key not in dropped]), None
-            return
-        for positions, features, masks in self.extractor.extracted(sources, dropped):
-            self.append(features)
-            progress(len(positions))
-            yield positions, masks
+    def add(
+        self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress, reduce: Reduce | None = None
+    ) -> Added:
+        work = functools.partial(self._extracted, progress, reduce)
+        features, masks = shared_out(work, sources, dropped)
+        self.append(gathered(features))
+        return _readable(sources, dropped), None if masks is None else gathered(masks)
 
-    def _extracted(self, progress: Progress, sources: Sequence[Source], dropped: dict[str, str]) -> np.ndarray:
-        parts = [np.zeros((0, *self.extractor.shape), np.float32)]
-        for positions, features, _ in self.extractor.extracted(sources, dropped):
+    def _extracted(
+        self, progress: Progress, reduce: Reduce | None, sources: Sequence[Source], dropped: dict[str, str]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features [n,h,w,C] of sources, and their reduced masks."""
+        parts, reduced = [np.zeros((0, *self.extractor.shape), np.float32)], []
+        for positions, features, masks in self.extractor.extracted(sources, dropped):
             parts.append(features)
+            reduced += [] if reduce is None else map(reduce, masks)
             progress(len(positions))
-        return np.concatenate(parts)
+        return np.concatenate(parts), _stacked(reduced, reduce, self.extractor)
 
     def read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(rows), BATCH_SIZE):
@@ -116,32 +124,46 @@ class OnDisk:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def add(self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress) -> Added:
-        with ThreadPoolExecutor(cores()) as pool:
-            found = list(pool.map(self._find, sources))
-        there = [i for i, (_, is_whole, _) in enumerate(found) if is_whole]
-        missing = [i for i, (_, is_whole, _) in enumerate(found) if not is_whole]
-        if there:
-            self._paths += [found[i][0] for i in there]
-            progress(len(there))
-            yield np.asarray(there), None if sources[0].noise is None else np.stack([found[i][2] for i in there])
-        self._check_space(len(missing))
-        for positions, features, masks in self.extractor.extracted([sources[i] for i in missing], dropped):
-            own = [missing[position] for position in positions]
-            for i, place in enumerate(own):
-                path = found[place][0] or self.cache.path(sources[place])
-                self.cache.write(path, features[i], None if masks is None else masks[i])
-                self._paths.append(path)
-            progress(len(positions))
-            yield np.asarray(own), masks
+    def add(
+        self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress, reduce: Reduce | None = None
+    ) -> Added:
+        work = functools.partial(self._completed, progress, reduce)
+        whole = shared_out(work, sources, dropped)
+        # What the others have written is found now, unless their folder is another, as in a home that is not shared.
+        others = [source for source in sources if source not in whole and source.record.key not in dropped]
+        with agreed():
+            whole |= work(others, dropped) if others else {}
+        positions = [i for i, source in enumerate(sources) if source in whole]
+        self._paths += [whole[sources[i]][0] for i in positions]
+        masks = None if reduce is None else np.stack([whole[sources[i]][1] for i in positions])
+        return np.asarray(positions, np.int32), masks
 
-    def _find(self, source: Source) -> tuple[Path | None, bool, np.ndarray | None]:
-        """The file of a source, whether it is whole, and its mask."""
+    def _completed(
+        self, progress: Progress, reduce: Reduce | None, sources: Sequence[Source], dropped: dict[str, str]
+    ) -> dict[Source, tuple[Path, np.ndarray | None]]:
+        """The file of each source that can be read, which is whole now, and its reduced mask."""
+        with ThreadPoolExecutor(cores()) as pool:
+            found = dict(zip(sources, pool.map(functools.partial(self._found, reduce), sources), strict=True))
+        whole = {source: file for source, file in found.items() if file is not None}
+        missing = [source for source, file in found.items() if file is None]
+        progress(len(whole))
+        self._check_space(len(missing))
+        for positions, features, masks in self.extractor.extracted(missing, dropped):
+            for i, place in enumerate(positions):
+                path, mask = self.cache.path(missing[place]), None if masks is None else masks[i]
+                self.cache.write(path, features[i], mask)
+                whole[missing[place]] = path, None if reduce is None else reduce(mask)
+            progress(len(positions))
+        return whole
+
+    def _found(self, reduce: Reduce | None, source: Source) -> tuple[Path, np.ndarray | None] | None:
+        """The file of a source and its reduced mask, if it is there and whole."""
         try:
             path = self.cache.path(source)
         except InputError:  # its image cannot be read, which the extraction will say, or drop
-            return None, False, None
-        return path, *self.cache.check(path, size=self.extractor.data.image_size)
+            return None
+        is_whole, mask = self.cache.check(path, size=self.extractor.data.image_size)
+        return (path, None if reduce is None else reduce(mask)) if is_whole else None
 
     def _check_space(self, missing: int) -> None:
         need, free = 4 * missing * int(np.prod(self.extractor.shape)), shutil.disk_usage(self.cache.folder).free
@@ -185,20 +207,28 @@ class Streamed:
     def __len__(self) -> int:
         return len(self._sources)
 
-    def add(self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress) -> Added:
-        if noise_of(sources) is not None:
-            for positions, masks in self.extractor.masks(sources, dropped):
-                self._sources += [sources[i] for i in positions]
-                progress(len(positions))
-                yield positions, masks
-            return
-        policy = self.extractor.data.on_unreadable
-        records = [source.record for source in sources]
-        readable = check_readable(records, on_unreadable=policy, dropped=dropped, progress=lambda done, of: progress(1))
-        is_read = set(readable)
-        positions = [i for i, record in enumerate(records) if record in is_read]
+    def add(
+        self, sources: Sequence[Source], dropped: dict[str, str], progress: Progress, reduce: Reduce | None = None
+    ) -> Added:
+        work = functools.partial(self._checked, progress, reduce)
+        masks = shared_out(work, sources, dropped)
+        positions = _readable(sources, dropped)
         self._sources += [sources[i] for i in positions]
-        yield np.asarray(positions, np.int32), None
+        return positions, None if masks is None else gathered(masks)
+
+    def _checked(
+        self, progress: Progress, reduce: Reduce | None, sources: Sequence[Source], dropped: dict[str, str]
+    ) -> np.ndarray | None:
+        """The reduced masks of sources, which are all decoded."""
+        if reduce is None:
+            policy, records = self.extractor.data.on_unreadable, [source.record for source in sources]
+            check_readable(records, on_unreadable=policy, dropped=dropped, progress=lambda done, of: progress(1))
+            return None
+        reduced = []
+        for positions, masks in self.extractor.masks(sources, dropped):
+            reduced += map(reduce, masks)
+            progress(len(positions))
+        return _stacked(reduced, reduce, self.extractor)
 
     def read(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         program = functools.partial(_compiled_features(self.extractor.spec), self.extractor.parameters)
@@ -228,6 +258,19 @@ class Streamed:
 @functools.cache
 def _compiled_features(spec: FeatureSpec) -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(features_of, spec))
+
+
+def _readable(sources: Sequence[Source], dropped: dict[str, str]) -> np.ndarray:
+    """Positions of the sources that are not dropped."""
+    return np.asarray([i for i, source in enumerate(sources) if source.record.key not in dropped], np.int32)
+
+
+def _stacked(reduced: list[np.ndarray], reduce: Reduce | None, extractor: Extractor) -> np.ndarray | None:
+    """Reduced masks [n,...], which may be none of a small share; None where there is no noise."""
+    if reduce is None:
+        return None
+    empty = reduce(np.zeros((extractor.data.image_size,) * 2, bool))[None][:0]
+    return np.concatenate([empty, *(mask[None] for mask in reduced)])
 
 
 def _in_batches(rows: np.ndarray) -> list[np.ndarray]:

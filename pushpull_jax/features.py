@@ -89,12 +89,12 @@ def raw(channels: int) -> Standardisation:
 
 
 def fit_standardisation(
-    features: Iterable[np.ndarray], widths: tuple[int, ...], *, stage_weights: tuple[float, ...] = ()
+    moments: np.ndarray, widths: tuple[int, ...], *, stage_weights: tuple[float, ...] = ()
 ) -> tuple[Standardisation, list[int]]:
     """Mean and deviation of the training features, and the weight of each stage, as one affine map.
 
     Args:
-        features: of the training images, [N,h,w,C], or such batches of them; one after another is enough.
+        moments: of the training features, see `channel_moments`.
         widths: channels of each stage; they sum to C.
         stage_weights: share of each stage in the mean square over C, whatever its width; empty: in proportion to it.
 
@@ -102,7 +102,8 @@ def fit_standardisation(
         The standardisation, after which the mean square over all channels is 1, and the channels that are
         constant: these are shifted only, so that they carry no score unless an image departs from the constant.
     """
-    mean, deviation = _moments(features)
+    count, mean, squares = moments
+    deviation = np.sqrt(squares / count)
     constant = deviation <= CONSTANT * np.maximum(np.abs(mean), 1.0)
     shares = np.asarray(stage_weights or widths, np.float64)
     weight = np.repeat(shares / shares.sum() / np.asarray(widths), widths) * sum(widths)
@@ -110,21 +111,35 @@ def fit_standardisation(
     return Standardisation(mean.astype(np.float32), scale.astype(np.float32)), np.flatnonzero(constant).tolist()
 
 
-def _moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation over all axes but the last, [C] float64, of parts [...,C] together.
+def channel_moments(features: Iterable[np.ndarray], channels: int) -> np.ndarray:
+    """Count, mean and squares about the mean over all axes but the last, [3,C] float64.
+
+    Args:
+        features: [N,h,w,C], or such batches of them, or none; one after another is enough.
+        channels: C.
+    """
+    return joined_moments(map(_moments, features), channels)
+
+
+def joined_moments(parts: Iterable[np.ndarray], channels: int) -> np.ndarray:
+    """Moments [3,C] of several parts together.
 
     Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983: counts, means and squares about the
     mean of two parts give those of both, and nothing cancels.
     """
-    count, mean, squares = 0, np.zeros(()), np.zeros(())
-    for part in parts:
-        axes, size = tuple(range(part.ndim - 1)), math.prod(part.shape[:-1])
-        own = part.mean(axes, dtype=np.float64)
-        about = np.square(part - own.astype(np.float32)).sum(axes, dtype=np.float64)
-        step, total = own - mean, count + size
+    count, mean, squares = np.zeros((3, channels))
+    for size, own, about in parts:
+        step, total = own - mean, np.maximum(count + size, 1)  # of nothing and nothing, 0
         mean, squares = mean + step * size / total, squares + about + step**2 * count * size / total
-        count = total
-    return mean, np.sqrt(squares / count)
+        count = count + size
+    return np.stack([count, mean, squares])
+
+
+def _moments(features: np.ndarray) -> np.ndarray:
+    axes, size = tuple(range(features.ndim - 1)), math.prod(features.shape[:-1])
+    mean = features.mean(axes, dtype=np.float64)
+    about = np.square(features - mean.astype(np.float32)).sum(axes, dtype=np.float64)
+    return np.stack([np.full_like(mean, size), mean, about])
 
 
 @functools.cache

@@ -7,7 +7,7 @@ images.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,7 @@ from pushpull_jax.preemption import Preempted, sigterm_noted
 from pushpull_jax.profiling import Profile
 from pushpull_jax.progress import progress_bar
 from pushpull_jax.resources import saying_memory
+from pushpull_jax.shares import gathered, share, summed
 from pushpull_jax.steps import (
     METRICS,
     Batch,
@@ -230,16 +231,17 @@ def cross_fit(
     return results
 
 
-def residual_sums(program: Program, parameters: dict[str, Any], batches: Iterable[np.ndarray]) -> dict[str, Moments]:
-    """Moments of the residuals of batches of normal features, of whatever the score is in units of; float64."""
-    sums: dict[str, Moments] = {}
+def residual_sums(program: Program, parameters: dict[str, Any], normal: FeatureRows) -> dict[str, Moments]:
+    """Moments of the residuals of normal features, of whatever the score is in units of; float64."""
     if not _is_relative(program):
-        return sums
-    for batch in batches:
-        for name, of_images in _image_moments(program, parameters, batch).items():
-            of_batch = Moments(*(leaf.sum(0, dtype=np.float64) for leaf in of_images))
-            sums[name] = of_batch if name not in sums else Moments(*map(np.add, sums[name], of_batch))
-    return sums
+        return {}
+    one = jax.ShapeDtypeStruct((1, *normal.bank.extractor.shape), np.float32)
+    shapes = jax.eval_shape(program.residuals, parameters, one)
+    sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], np.float64), shapes)
+    for batch in share(normal):
+        of_images = _image_moments(program, parameters, batch)
+        sums = jax.tree.map(lambda so_far, leaf: so_far + leaf.sum(0, dtype=np.float64), sums, of_images)
+    return summed(sums)
 
 
 def _is_relative(program: Program) -> bool:
@@ -273,16 +275,16 @@ def score_held_out(
     """
     if not sums:
         return score_features(program, parameters | {"residuals": {}}, held)
-    results = []
+    results = [(np.zeros(0, np.float32),) * 2]
     with progress_bar(desc="threshold", total=len(held), unit="image") as bar:
-        for batch in held:
+        for batch in share(held):
             own = _image_moments(program, parameters, batch)
             # One at a time, since each has parameters of its own.
             for i, image in enumerate(batch):
                 others = {name: _without(sums[name], own[name], i) for name in sums}
                 results.append(jax.device_get(program.scores(with_residuals(parameters, others), image[None])))
                 bar.update()
-    return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
+    return tuple(gathered(np.concatenate(parts)) for parts in zip(*results, strict=True))
 
 
 def _without(sums: Moments, of_images: Moments, i: int) -> Moments:
@@ -291,12 +293,12 @@ def _without(sums: Moments, of_images: Moments, i: int) -> Moments:
 
 
 def score_features(
-    program: Program, parameters: dict[str, Any], batches: Iterable[np.ndarray]
+    program: Program, parameters: dict[str, Any], features: FeatureRows
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [N] and peaks of the maps [N], float32, of batches of features."""
+    """Scores [N] and peaks of the maps [N], float32, of features."""
     scores = functools.partial(program.scores, parameters)
-    parts = [padded(scores, batch, size=BATCH_SIZE) for batch in batches]
-    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+    parts = [(np.zeros(0, np.float32),) * 2, *(padded(scores, batch, size=BATCH_SIZE) for batch in share(features))]
+    return tuple(gathered(np.concatenate(part)) for part in zip(*parts, strict=True))
 
 
 def chunk_indices(config: Config, pools: Sequence[Pool], first: int, last: int) -> np.ndarray:

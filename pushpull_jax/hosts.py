@@ -13,13 +13,11 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from pushpull_jax import config as settings
 from pushpull_jax.errors import InputError
@@ -30,8 +28,6 @@ from pushpull_jax.preemption import Preempted
 _PATIENCE_SECONDS = 7 * 24 * 3600
 # Network file systems keep what they know of a folder for so long, 60 s by default (man 5 nfs, acdirmax).
 _VISIBLE_SECONDS = 90.0
-_ROWS = 64  # gathered at a time: 47 MB of [16,16,720], of each process, on each device
-
 
 _exchanges = itertools.count()  # all processes make the same ones
 
@@ -208,40 +204,3 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.5)
     return True
-
-
-def divided(
-    work: Callable[[Sequence[Any], dict[str, str]], np.ndarray], items: Sequence[Any], dropped: dict[str, str]
-) -> np.ndarray:
-    """Rows for all items, in their order, of which each process computes a share.
-
-    Args:
-        work: (items, dropped) -> rows [n, ...] for those items that it does not enter in dropped.
-        items: the same in all processes.
-        dropped: receives what `work` enters, of all processes.
-
-    Raises:
-        InputError: in all processes, what `work` raises in any of them.
-    """
-    count = jax.process_count()
-    if count == 1:
-        return work(items, dropped)
-    start, end = (len(items) * (jax.process_index() + i) // count for i in (0, 1))
-    left_out: dict[str, str] = {}
-    with agreed():
-        rows = work(items[start:end], left_out)
-    told = exchange([len(rows), left_out])
-    for _, reasons in told:
-        dropped |= reasons
-    return _gathered(rows, [size for size, _ in told])
-
-
-def _gathered(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """The rows of all processes, one process after another, `counts` of them."""
-    parts: list[list[np.ndarray]] = [[] for _ in counts]
-    for start in range(0, max(counts), _ROWS):
-        block = rows[start : start + _ROWS]
-        block = np.pad(block, ((0, _ROWS - len(block)), *((0, 0),) * (rows.ndim - 1)))
-        for part, whole, count in zip(parts, multihost_utils.process_allgather(block), counts, strict=True):
-            part.append(whole[: max(count - start, 0)])
-    return np.concatenate([block for part in parts for block in part] or [rows])

@@ -4,7 +4,7 @@ Any function of that signature can take their place: see `training.train`. The m
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ from pushpull_jax import losses
 from pushpull_jax.batching import BATCH_SIZE, padded
 from pushpull_jax.config import Config
 from pushpull_jax.detector import Network, initial_state
+from pushpull_jax.feature_bank import FeatureRows
 from pushpull_jax.shapes import split_channels
+from pushpull_jax.shares import gathered, share
 from pushpull_jax.steps import Batch, LossFunction
 
 
@@ -50,14 +52,14 @@ def push_pull(
     return jnp.mean(losses.push_pull_loss(phis, *labels, k=k, alpha=alpha), axis=0)
 
 
-def configured_loss(config: Config, network: Network, start: Any, normal: Iterable[np.ndarray]) -> LossFunction:
+def configured_loss(config: Config, network: Network, start: Any, normal: FeatureRows) -> LossFunction:
     """The loss that a config names.
 
     Args:
         config: the run.
         network: of the run.
         start: parameters of the reconstructor that training starts from; None: fresh ones.
-        normal: batches of features of the normal images; read where the loss is in units of them.
+        normal: features of the normal images; read where the loss is in units of them.
     """
     if config.training.loss == "squared":
         return squared
@@ -69,11 +71,12 @@ def configured_loss(config: Config, network: Network, start: Any, normal: Iterab
     return functools.partial(push_pull, k=config.supervision.k, alpha=config.supervision.alpha, units=units)
 
 
-def stage_levels(network: Network, parameters: Any, batches: Iterable[np.ndarray]) -> np.ndarray:
-    """Mean |residual| of each stage over batches of features, for parameters of the reconstructor; at least 1e-6."""
+def stage_levels(network: Network, parameters: Any, normal: FeatureRows) -> np.ndarray:
+    """Mean |residual| of each stage of normal features, for parameters of the reconstructor; at least 1e-6."""
     program = functools.partial(_compiled_levels(network), parameters)
-    levels = np.concatenate([padded(program, batch, size=BATCH_SIZE) for batch in batches])
-    return np.maximum(levels.mean(0, dtype=np.float64), 1e-6)
+    none = np.zeros((0, len(network.features.widths)), np.float32)
+    levels = np.concatenate([none, *(padded(program, batch, size=BATCH_SIZE) for batch in share(normal))])
+    return np.maximum(gathered(levels).mean(0, dtype=np.float64), 1e-6)
 
 
 @functools.cache

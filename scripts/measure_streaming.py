@@ -67,8 +67,7 @@ def examples_of(config: Config, records: tuple[Record, ...]) -> StreamedExamples
     backbone, parameters = load_backbone(config.features.backbone)
     network = build_network(config, backbone=backbone)
     store, count = Streamed(Extractor(network.features, parameters, config.data)), len(records)
-    for _ in store.add([Source(record) for record in records], {}, lambda done: None):
-        pass
+    store.add([Source(record) for record in records], {}, lambda done: None)
     grid = config.features.grid
     arrays = {
         "row": np.arange(count, dtype=np.int32),

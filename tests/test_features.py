@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from pushpull_jax.backbones import Backbone
-from pushpull_jax.features import FeatureSpec, Standardisation, extract, extract_all, fit_standardisation, raw, to_grid
+from pushpull_jax.features import (
+    FeatureSpec,
+    Standardisation,
+    channel_moments,
+    extract,
+    extract_all,
+    fit_standardisation,
+    joined_moments,
+    raw,
+    to_grid,
+)
 from pushpull_jax.models.efficientnet import EfficientNet
 from pushpull_jax.scoring import upsample
 
@@ -138,10 +148,26 @@ def test_a_stage_of_the_grids_size_is_unchanged(resample):
 # Standardisation.
 
 
+def fitted_to(features, widths, **options):
+    return fit_standardisation(channel_moments(features, sum(widths)), widths, **options)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    """However they are parted, none in one part, by numpy in float64."""
+    features = np.random.default_rng(4).normal(30, 2, (9, 4, 4, 3)).astype(np.float32)
+    parts = [channel_moments(part, 3) for part in np.split(features, (2, 2, 7))]
+    assert not parts[1].any()
+    exact = features.astype(np.float64)
+    count, mean, squares = joined_moments(parts, 3)
+    np.testing.assert_array_equal(count, 9 * 16)
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(squares, exact.var((0, 1, 2)) * 9 * 16, rtol=1e-5)
+
+
 def test_moments_after_standardisation():
     rng = np.random.default_rng(5)
     features = rng.gamma(2.0, size=(20, 4, 4, 6)).astype(np.float32) * [1e-3, 1, 1e3, 1, 1, 1] + [0, 5, -7, 0, 0, 1e3]
-    fitted, constant = fit_standardisation(features.astype(np.float32), (2, 4))
+    fitted, constant = fitted_to(features.astype(np.float32), (2, 4))
     assert fitted.shift.dtype == fitted.scale.dtype == np.float32 and constant == []
     after = fitted(features.astype(np.float32)).astype(np.float64)
     np.testing.assert_allclose(after.mean((0, 1, 2)), 0, atol=1e-4)
@@ -150,7 +176,7 @@ def test_moments_after_standardisation():
 
 def test_standardisation_by_hand():
     # Values 1 and 5: mean 3, deviation 2 (of the population, not the sample).
-    fitted, _ = fit_standardisation(np.array([1.0, 5.0], np.float32).reshape(2, 1, 1, 1), (1,))
+    fitted, _ = fitted_to(np.array([1.0, 5.0], np.float32).reshape(2, 1, 1, 1), (1,))
     np.testing.assert_allclose([fitted.shift[0], fitted.scale[0]], [3, 0.5], rtol=1e-6)
     np.testing.assert_allclose(fitted(np.float32([[[[7.0]]]])), 2, rtol=1e-6)
 
@@ -158,7 +184,7 @@ def test_standardisation_by_hand():
 def test_stage_weights_are_shares_of_the_mean_square():
     features = np.random.default_rng(6).normal(3, 2, (50, 4, 4, 8)).astype(np.float32)
     weights, widths = (1.0, 3.0, 4.0), (1, 5, 2)
-    after = fit_standardisation(features, widths, stage_weights=weights)[0](features).astype(np.float64)
+    after = fitted_to(features, widths, stage_weights=weights)[0](features).astype(np.float64)
     squares = (after**2).mean((0, 1, 2))
     assert squares.mean() == pytest.approx(1, rel=1e-4)
     shares = [part.sum() / squares.sum() for part in np.split(squares, np.cumsum(widths)[:-1])]
@@ -169,10 +195,10 @@ def test_stage_weights_are_shares_of_the_mean_square():
 
 def test_only_the_ratio_of_stage_weights_counts():
     features = np.random.default_rng(7).normal(size=(9, 2, 2, 4)).astype(np.float32)
-    one, other = (fit_standardisation(features, (1, 3), stage_weights=w)[0] for w in ((1.0, 2.0), (10.0, 20.0)))
+    one, other = (fitted_to(features, (1, 3), stage_weights=w)[0] for w in ((1.0, 2.0), (10.0, 20.0)))
     np.testing.assert_allclose(one.scale, other.scale, rtol=1e-6)
-    plain = fit_standardisation(features, (1, 3))[0]
-    in_proportion = fit_standardisation(features, (1, 3), stage_weights=(1.0, 3.0))[0]
+    plain = fitted_to(features, (1, 3))[0]
+    in_proportion = fitted_to(features, (1, 3), stage_weights=(1.0, 3.0))[0]
     np.testing.assert_allclose(plain.scale, in_proportion.scale, rtol=1e-6)
 
 
@@ -180,7 +206,7 @@ def test_constant_channels_are_listed_and_only_shifted():
     features = np.random.default_rng(8).normal(size=(9, 2, 2, 4)).astype(np.float32)
     features[..., 1] = 0.1  # not a float32 number: its mean must still be itself
     features[..., 3] = 0
-    fitted, constant = fit_standardisation(features, (2, 2))
+    fitted, constant = fitted_to(features, (2, 2))
     assert constant == [1, 3]
     np.testing.assert_array_equal(fitted(features)[..., [1, 3]], 0)
     np.testing.assert_array_equal(fitted.scale[[1, 3]], 1)
@@ -195,14 +221,14 @@ def test_rounding_noise_is_constant_too():
     values = np.full((40, 2, 2, 2), 3.7, np.float32)
     values[::2] = np.nextafter(np.float32(3.7), np.float32(4))
     values[..., 1] = np.random.default_rng(9).normal(size=(40, 2, 2))
-    fitted, constant = fit_standardisation(values, (2,))
+    fitted, constant = fitted_to(values, (2,))
     assert constant == [0] and np.abs(fitted(values)[..., 0]).max() < 1e-6
 
 
 def test_a_large_offset_is_accumulated_in_float64():
     # Summed in float32, 16,384 values of 1e4 lose about 0.03 of their mean, and squares of 1e8 all of the deviation.
     features = np.random.default_rng(10).normal(1e4, 1, (64, 16, 16, 3)).astype(np.float32)
-    fitted, constant = fit_standardisation(features, (3,))
+    fitted, constant = fitted_to(features, (3,))
     exact = features.astype(np.float64)
     np.testing.assert_allclose(fitted.shift, exact.mean((0, 1, 2)), atol=6e-4)  # half a unit in the last place
     np.testing.assert_allclose(1 / fitted.scale, exact.std((0, 1, 2)), rtol=1e-5)
@@ -212,7 +238,7 @@ def test_a_large_offset_is_accumulated_in_float64():
 def test_the_deviation_is_accumulated_in_float64():
     # Equal addends all round the same way: in float32 the sum of 65,536 squares of 0.3 is off by about 1e-4 of it.
     features = np.where(np.arange(65536) % 2, 0.3, -0.3).astype(np.float32).reshape(256, 16, 16, 1).repeat(3, -1)
-    fitted, _ = fit_standardisation(features, (3,))
+    fitted, _ = fitted_to(features, (3,))
     np.testing.assert_allclose(fitted.shift, 0, atol=1e-9)
     np.testing.assert_allclose(fitted.scale, 1 / 0.3, rtol=1e-6)
 

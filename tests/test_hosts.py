@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from pushpull_jax import hosts
@@ -60,8 +59,6 @@ def test_one_process_connects_to_nothing():
     with hosts.connected(Hosts()):
         assert not jax.distributed.is_initialized()
     assert hosts.is_first() and hosts.exchange({"a": 1}) == [{"a": 1}]
-    rows = hosts.divided(lambda items, dropped: np.asarray(items), [3, 1], {})
-    np.testing.assert_array_equal(rows, [3, 1])
 
 
 def test_importing_connects_nothing():
@@ -111,28 +108,6 @@ def test_a_folder_that_is_not_shared_is_said(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="what process 0 writes there is not seen by 1, 2 of 3 processes"):
         hosts.check_shared(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
-
-
-def test_shares_are_whole(monkeypatch):
-    """Each item is in the share of one process, and what each gives stands at its place; 70 rows are two blocks."""
-    items, parts = list(range(143)), {}
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_exchanged", lambda text: [text] * 2)
-    for process in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(hosts, "_gathered", lambda rows, counts, process=process: parts.setdefault(process, rows))
-        hosts.divided(lambda share, dropped: np.asarray(share), items, {})
-    monkeypatch.undo()
-    np.testing.assert_array_equal(np.concatenate([parts[0], parts[1]]), items)
-
-    blocks = [iter([part[start : start + 64] for start in (0, 64)]) for part in parts.values()]
-
-    def gathered(block):
-        both = [next(each) for each in blocks]
-        return np.stack([np.pad(each, (0, 64 - len(each))) for each in both])
-
-    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gathered)
-    np.testing.assert_array_equal(hosts._gathered(parts[0], [len(part) for part in parts.values()]), items)
 
 
 def test_all_devices_of_several_processes_are_used(monkeypatch):

@@ -4,6 +4,7 @@ scripts/launch_local.py starts two of four fake devices each. The scripts for cl
 checked as far as they can be: their syntax, and that their flags are ours.
 """
 
+import collections
 import json
 import os
 import re
@@ -173,6 +174,77 @@ def test_a_run_of_two_processes_is_the_run_of_one(config_file, uninterrupted, tm
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     for got, wanted in zip(*(load(run)(images) for run in (uninterrupted, tmp_path / "one")), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-3)
+
+
+# Features elsewhere than in memory.
+
+COUNTED = ROOT / "tests" / "counted_training.py"
+EVERY_SOURCE = """\
+from dataclasses import replace
+from pushpull_jax.config import Log, Supervision, Training, load_config
+
+config = replace(
+    load_config({plain!r}),
+    training=Training(steps=20, batch_size=6, loss="push_pull", jitter=0.1),
+    supervision=Supervision(shots=2, confetti_copies=2),
+    log=Log(every=1),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def every_source(config_file) -> Path:
+    """Batches of normal images, of labelled ones, and of copies with confetti noise."""
+    path = config_file.with_name("every_source.py")
+    path.write_text(EVERY_SOURCE.format(plain=str(config_file)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def in_memory(every_source, tmp_path_factory) -> Path:
+    """Folder of a run of one process on one device, with its features in memory."""
+    config = load_config(str(every_source))
+    workdir = tmp_path_factory.mktemp("in_memory") / "run"
+    train(replace(config, features=replace(config.features, keep="memory")), workdir)
+    return workdir
+
+
+def counted(launch: list[str], config_file: Path, folder: Path, keep: str, cache: Path) -> list[collections.Counter]:
+    """How often each process decoded each image, in a run on eight devices."""
+    command = [sys.executable, str(COUNTED), str(folder / "decoded"), "train", str(config_file)]
+    options = ["--workdir", str(folder / "run"), "--mesh.data", "-1", "--features.keep", keep]
+    devices = "" if launch else "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": devices}
+    options += ["--features.cache", str(cache)]
+    subprocess.run([*launch, *command, *options], env=environment, check=True, timeout=TIMEOUT)
+    paths = sorted((folder / "decoded").iterdir())
+    return [collections.Counter(json.loads(path.read_text())) for path in paths]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["stream", "disk"])
+def test_two_processes_share_the_decoding_and_come_to_the_losses_of_one(keep, every_source, in_memory, tmp_path):
+    """Whatever is decoded by one process on eight devices is decoded by one of two, and by one alone."""
+    (one,) = counted([], every_source, tmp_path / "one", keep, tmp_path / "cache_of_one")
+    cache = tmp_path / "cache"
+    two = counted(LAUNCH, every_source, tmp_path / "two", keep, cache)
+    expected = [row["loss"] for row in rows(in_memory)]
+    assert len(expected) == 20
+    for folder in ("one", "two"):
+        losses = [row["loss"] for row in rows(tmp_path / folder / "run")]
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    thresholds = [json.loads((run / "threshold.json").read_text()) for run in (in_memory, tmp_path / "two" / "run")]
+    assert thresholds[1]["held_out_scores"] == pytest.approx(thresholds[0]["held_out_scores"], rel=1e-3)
+    assert sum(two, collections.Counter()) == one
+    # The second one evaluates nothing, so that only training images are alike; it has 4 of 8 places in each batch.
+    trained = [sum(times for key, times in decoded.items() if "/train/" in f"/{key}") for decoded in two]
+    assert abs(trained[0] - trained[1]) <= 0.1 * sum(trained)
+    if keep == "disk":
+        # 8 normal images, 2 copies of the 6 that are trained on, and 2 labelled ones, none of them twice.
+        assert len(list(cache.rglob("*.npz"))) == 8 + 2 * 6 + 2 and not list(cache.rglob("*.part"))
+        again = counted(LAUNCH, every_source, tmp_path / "again", keep, cache)
+        assert not [key for decoded in again for key in decoded if "/train/" in f"/{key}"]
+        assert [row["loss"] for row in rows(tmp_path / "again" / "run")] == losses
 
 
 # Faults.

@@ -18,8 +18,8 @@ LAYERS = (
     "service.measures", "demo", "ablation", "ablation_report", "training", "start", "evaluation", "scored",
     "recalibration", "prediction", "prediction_output", "tiling", "report", "gallery", "contact_sheet",
     "inspection_table", "inspection", "data.layouts", "data.near_duplicates", "examples", "grid", "streaming", "fit",
-    "objectives", "detector", "feature_bank", "feature_stores", "feature_cache", "extraction", "checkpoint", "hosts",
-    "preemption", "steps", "features", "tensorboard", "data.supervision", "data.sources", "data.prepared",
+    "objectives", "detector", "feature_bank", "feature_stores", "feature_cache", "extraction", "checkpoint", "shares",
+    "hosts", "preemption", "steps", "features", "tensorboard", "data.supervision", "data.sources", "data.prepared",
     "data.tfds_builders", "data.pipeline", "data.kolektor_sdd", "data.images", "data.visa", "data.btad",
     "data.mvtec_loco", "data.mvtec_ad", "data.split_folders", "data.good_bad", "data.manifest_table",
     "data.class_folders", "data.folders", "data.manifest", "data.demo", "weights", "torch_checkpoint", "backbones",
@@ -27,8 +27,8 @@ LAYERS = (
     "models.reconstructor", "models.convolutional", "models.nearest", "models.efficientnet", "models.resnet",
     "models.vit", "models.pixels", "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration",
     "bootstrap", "page", "streaming_metrics", "metrics", "ranking", "compilation_cache", "whitening", "scoring",
-    "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources", "user_cache", "progress",
-    "config", "errors",
+    "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources", "user_cache", "progress", "config",
+    "errors",
 )  # fmt: skip
 
 
