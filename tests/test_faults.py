@@ -203,6 +203,32 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged(config_file, uninterrup
     assert_nothing_lost(workdir, uninterrupted)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, which some ten checkpoints fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(config_file, uninterrupted, small_disk):
+    """Whatever is written when nothing is left, one line says so; with more space the run goes on."""
+    workdir = small_disk / "run"
+    code, stderr = ended(start(config_file, workdir, "--checkpoint.keep", str(STEPS)))
+    assert code == 1 and "Traceback" not in stderr and stderr.splitlines()[-1].endswith("No space left on device")
+    step = int(last_state(workdir).step)
+    assert 0 < step < STEPS and not list(workdir.glob("*.part"))
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    code, stderr = ended(start(config_file, workdir, "--checkpoint.every", str(STEPS)))
+    assert code == 0, stderr
+    assert_nothing_lost(workdir, uninterrupted)
+
+
 # How a kill is aimed; where it lands is seen afterwards.
 STARTING, COMPILING, WRITING = "while it starts", "while it compiles", "in a checkpoint's write"
 TRAINING, AFTER = "between two checkpoints", "after the last step"
