@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,17 @@ from pushpull_jax.exporting import export
 from pushpull_jax.training import train
 from pushpull_jax.weights import load_parameters, save_parameters
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
+# Run by the Python of the ONNX environment, which has none of this package's data.
+RUN_ONNX = """
+import numpy, onnxruntime, sys
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+batches = numpy.load(sys.argv[2])
+for name, images in batches.items():
+    scores, maps = session.run(["scores", "maps"], {"images": images})
+    numpy.savez(f"{name}.npz", scores=scores, maps=maps)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +239,45 @@ def test_saved_model_agrees(run, images, tmp_path):
     agreements = export(run, tmp_path / "out", verify=images, saved_model=True)
     assert agreements[-1].name == "saved_model" and agreements[-1].within(1e-5)
     assert "saved_model" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_onnx_agrees(run, images, tmp_path, monkeypatch):
+    """By the commands of the guide, in the environment that they make; depthwise convolutions are in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    probe = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", "probe", "tqdm"]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no package index can be reached, and the environment of ONNX is made from one")
+    config = pushpull_jax.workdir.read_config(run)[0]
+    features = dataclasses.replace(config.features, backbone="efficientnet_lite0", stages=(2, 3))
+    train(dataclasses.replace(config, features=features), tmp_path / "lite0")
+    export(tmp_path / "lite0", tmp_path / "bottle_detector")
+    for source, name in [(images, "photographs"), *((path, path.name) for path in ROOT.iterdir())]:
+        (tmp_path / name).symlink_to(source)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    (commands,) = [block for block in blocks if "export_onnx.py" in block]
+    done = subprocess.run(["bash", "-euxc", commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "detector.onnx: 4 images, scores differ by" in done.stdout and "(tolerance 1.0e-04)" in done.stdout
+
+    # What onnxruntime gives, beside the training code here.
+    detector = pushpull_jax.load(tmp_path / "lite0")
+    paths = find_samples(images)
+    batches = {
+        "wide": np.stack([decode_image(path) for path in paths[:3]]),
+        "square": decode_image(paths[3])[None],
+    }
+    np.savez("batches.npz", **batches)
+    subprocess.run(
+        [".venv-onnx/bin/python", "-c", RUN_ONNX, "bottle_detector/detector.onnx", "batches.npz"], check=True
+    )
+    for name, batch in batches.items():
+        scores, maps = detector(batch)
+        found = np.load(f"{name}.npz")
+        np.testing.assert_allclose(found["scores"], scores, rtol=1e-4)
+        np.testing.assert_allclose(found["maps"], maps, atol=1e-4 * maps.max())
 
 
 @pytest.mark.slow
