@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,6 @@ class Image(NamedTuple):
     """An image to predict."""
 
     path: Path
-    name: Path  # of its pictures, below their folders
     version: Version
     pixels: np.ndarray  # [H,W,3] uint8
     resized: np.ndarray | None  # [S,S,3] float32; None where it is cut into tiles
@@ -68,14 +67,18 @@ def predict(
     images = find_images(inputs, apart_from=output)
     unreadable: dict[str, str] = {}
     with Output(output, detector, pictures=pictures, tile=tile) as out:
-        new = [pair for pair in images if not out.has(pair[0])]
+        new = [path for path, _ in images if not out.has(path)]
+        for path, place in images:
+            out.name_pictures(path, place)
         bar = progress_bar(desc="predicting", total=len(images), unit="image", initial=len(images) - len(new))
         with bar, ThreadPoolExecutor(_THREADS) as pool:
             for batch in _batches(detector, new, unreadable, pool, tile):
                 _predict_batch(detector, batch, out, pool, tile=tile, size=BATCH_SIZE)
                 bar.update(len(batch))
-        rows = out.rows
-    return [rows[str(path)] for path, _ in images if str(path) in rows], unreadable
+        for path in unreadable:
+            out.drop(path)
+        rows = [out.row(path) for path, _ in images]
+    return [row for row in rows if row], unreadable
 
 
 def watch(
@@ -111,30 +114,33 @@ def watch(
     before: dict[Path, Version] = {}
     with Output(output, detector, pictures=pictures, tile=tile) as out, ThreadPoolExecutor(_THREADS) as pool:
         while not is_over():
+            began = time.monotonic()
             now = {path: Version.of(path) for path, _ in _find(Path(folder), apart_from=output)}
             whole = [path for path, version in now.items() if version and before.get(path) == version]
-            for path in whole:
-                if not out.has(path) and refused.get(path) != now[path]:
-                    unreadable: dict[str, str] = {}
-                    name = Path(f"{path.relative_to(folder)}.png")
-                    for batch in _batches(detector, [(path, name)], unreadable, pool, tile):
-                        for row in _predict_batch(detector, batch, out, pool, tile=tile, size=1):
-                            report(row)
-                    for reason in unreadable.values():
-                        refused[path] = now[path]
-                        report(reason)
-                    if is_over():
-                        break
+            new = [path for path in whole if not out.has(path) and refused.get(path) != now[path]]
+            looked = time.monotonic() - began
+            for path in new:
+                unreadable: dict[str, str] = {}
+                out.name_pictures(path, path.relative_to(folder))
+                for batch in _batches(detector, [path], unreadable, pool, tile):
+                    for row in _predict_batch(detector, batch, out, pool, tile=tile, size=1):
+                        report(row)
+                for reason in unreadable.values():
+                    out.drop(str(path))
+                    refused[path] = now[path]
+                    report(reason)
+                if is_over():
+                    break
             before = now
-            time.sleep(_POLL)
+            time.sleep(max(_POLL, looked))  # a look at a full folder must not take a core
 
 
 def find_images(inputs: Sequence[str | PathLike], *, apart_from: str | PathLike) -> list[tuple[Path, Path]]:
-    """Images of files and folders, each with the relative path of its pictures, sorted within a folder.
+    """Images of files and folders, sorted within a folder, each with its place in the output.
 
-    A picture keeps the name of its image, extension included, so that a.png and a.jpg do not collide, and its place
-    below the folder that was given. What lies in `apart_from`, the output, is not an input: a second run would find the
-    pictures of the first.
+    That is the folder that was given, and the place below it, extension included, so that a.png and a.jpg do not
+    collide; images of one name from different places have the same. What lies in `apart_from`, the output, is not an
+    input: a second run would find the pictures of the first.
     """
     if not inputs:
         raise InputError("expected image files, or folders of images, after the folder of the run")
@@ -150,7 +156,7 @@ def find_images(inputs: Sequence[str | PathLike], *, apart_from: str | PathLike)
             raise InputError(f"{source}: there is no such file or folder")
     if not found:
         raise InputError(f"no images in {', '.join(str(source) for source in inputs)}")
-    return _apart(found)
+    return list(found.items())
 
 
 def _find(folder: Path, *, apart_from: str | PathLike) -> list[tuple[Path, Path]]:
@@ -162,30 +168,16 @@ def _find(folder: Path, *, apart_from: str | PathLike) -> list[tuple[Path, Path]
     return [(path, path.relative_to(folder)) for path in paths]
 
 
-def _apart(found: dict[Path, Path]) -> list[tuple[Path, Path]]:
-    """Give images of one name from different places different pictures."""
-    taken: set[Path] = set()
-    result = []
-    for path, name in found.items():
-        target, count = name.with_name(f"{name.name}.png"), 1
-        while target in taken:
-            count += 1
-            target = name.with_name(f"{name.name}.{count}.png")
-        taken.add(target)
-        result.append((path, target))
-    return result
-
-
 def _batches(
     detector: Detector,
-    images: Iterable[tuple[Path, Path]],
+    images: Iterable[Path],
     unreadable: dict[str, str],
     pool: ThreadPoolExecutor,
     tile: int | None,
 ) -> Iterator[list[Image]]:
     """Decoded images, a few at a time; files that cannot be read go to `unreadable`."""
     batch: list[Image] = []
-    for (path, _), decoded in _ahead(pool, lambda pair: _decoded(detector, *pair, tile), images):
+    for path, decoded in _ahead(pool, lambda path: _decoded(detector, path, tile), images):
         try:
             batch.append(decoded.result())
         except InputError as error:
@@ -197,7 +189,7 @@ def _batches(
         yield batch
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator[tuple[tuple, Future]]:
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator[tuple[Any, Future]]:
     """Items and what a function makes of them, in order, computed at most _AHEAD ahead of who asks."""
     waiting: deque = deque()
     for item in items:
@@ -207,14 +199,14 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Ite
     yield from waiting
 
 
-def _decoded(detector: Detector, path: Path, name: Path, tile: int | None) -> Image:
+def _decoded(detector: Detector, path: Path, tile: int | None) -> Image:
     version = Version.of(path)
     pixels = decode_image(path)
     if version is None:  # it was there a moment ago
         raise InputError(f"{path}: cannot be read: No such file or directory")
     network = detector.network
     resized = resize_image(pixels, size=network.image_size, mode=network.resize) if tile is None else None
-    return Image(path, name, version, pixels, resized)
+    return Image(path, version, pixels, resized)
 
 
 def _predict_batch(
@@ -229,6 +221,6 @@ def _predict_batch(
         ]
     else:
         found = [detect_tiles(detector, image.pixels, side=tile) for image in batch]
-    rows = list(pool.map(lambda image, result: out.draw(image.path, image.name, image.pixels, *result), batch, found))
+    rows = list(pool.map(lambda image, result: out.draw(image.path, image.pixels, *result), batch, found))
     out.append(rows, [image.version for image in batch])
     return rows

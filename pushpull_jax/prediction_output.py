@@ -1,7 +1,7 @@
 """The folder that predictions are written to, of one detector with its thresholds and options.
 
 predict.json       the detector's digest, thresholds and options, to which all rows belong
-predictions.jsonl  a row an image, written after its pictures, with the version of its file: what is done
+predictions.jsonl  a row an image, written after its pictures, with their name and the version of the file: what is done
 predictions.csv    the same rows, for people
 heatmaps/          the image under its heat colours, at native size
 masks/             white where the map is above the pixel threshold
@@ -71,11 +71,7 @@ class Version(NamedTuple):
 
 
 class Output:
-    """The rows and pictures of one folder; a context manager that keeps the tables open.
-
-    Attributes:
-        rows: those that are written, the last of each path.
-    """
+    """The rows and pictures of one folder; a context manager that keeps the tables open."""
 
     def __init__(self, folder: str | PathLike, detector: Detector, *, pictures: Pictures, tile: int | None):
         """Begin a folder, or go on with one.
@@ -97,9 +93,14 @@ class Output:
                 **pictures._asdict(),
             }
         )
-        self.rows: dict[str, Prediction] = {}
+        # By the path of the image, the last of each.
+        self._rows: dict[str, Prediction] = {}
         self._versions: dict[str, Version] = {}
+        self._names: dict[str, str] = {}
         self._resume()
+        self._taken = set(self._names.values())
+        self._wanted: dict[Path, int] = {}  # how many images wanted a name
+        self._is_stale = False  # whether the tables hold a row that is no longer one
 
     def _bind(self, binding: dict[str, Any]) -> None:
         """Write what all rows belong to, or compare it with what is there."""
@@ -121,17 +122,22 @@ class Output:
         kept = files.read_lines(self._folder / ROWS)
         try:
             for row in kept:
-                version = Version(row.pop("bytes"), row.pop("modified"))
-                prediction = Prediction(**row)
-                self.rows[prediction.path], self._versions[prediction.path] = prediction, version
+                path, version = row["path"], Version(row.pop("bytes"), row.pop("modified"))
+                self._names[path] = row.pop("picture")
+                self._rows[path], self._versions[path] = Prediction(**row), version
         except (KeyError, TypeError) as error:
             raise InputError(f"{self._folder / ROWS}: a row is not one of ours: {error}") from error
-        self._write_rows()
-        files.write_text(self._folder / TABLE, _csv([Prediction._fields, *(row.cells for row in self.rows.values())]))
+        self._write_tables()
 
-    def _write_rows(self) -> None:
-        lines = (_line(row, self._versions[path]) for path, row in self.rows.items())
-        files.write_text(self._folder / ROWS, "".join(lines))
+    def _write_tables(self) -> None:
+        """Write every row anew, once."""
+        files.write_text(self._folder / ROWS, "".join(map(self._line, self._rows)))
+        cells = (row.cells for row in self._rows.values())
+        files.write_text(self._folder / TABLE, _csv([Prediction._fields, *cells]))
+
+    def _line(self, path: str) -> str:
+        row, version = self._rows[path]._asdict(), self._versions[path]._asdict()
+        return json.dumps(row | {"picture": self._names[path]} | version) + "\n"
 
     def __enter__(self) -> "Output":
         # File names may hold bytes that are no UTF-8: they are written as they are.
@@ -142,49 +148,65 @@ class Output:
     def __exit__(self, *raised: Any) -> None:
         self._lines.close()
         self._table.close()
+        if self._is_stale:
+            self._write_tables()
 
     def has(self, path: Path) -> bool:
         """Whether an image is done, and its file still the same."""
         return str(path) in self._versions and self._versions[str(path)] == Version.of(path)
 
-    def draw(self, path: Path, name: Path, pixels: np.ndarray, score: float, native: np.ndarray) -> Prediction:
+    def row(self, path: Path) -> Prediction | None:
+        """That of an image that is done."""
+        return self._rows.get(str(path))
+
+    def drop(self, path: str) -> None:
+        """Take back the row of an image, if it has one: its file is another now, and cannot be read."""
+        self._is_stale |= self._rows.pop(path, None) is not None
+        self._versions.pop(path, None)
+
+    def name_pictures(self, path: Path, wanted: Path) -> None:
+        """Give an image's pictures a name for as long as the folder lives: as wanted, or numbered if that is taken."""
+        while str(path) not in self._names:
+            count = self._wanted[wanted] = self._wanted.get(wanted, 0) + 1
+            name = f"{wanted}.png" if count == 1 else f"{wanted}.{count}.png"
+            if name not in self._taken:
+                self._names[str(path)] = name
+                self._taken.add(name)
+
+    def draw(self, path: Path, pixels: np.ndarray, score: float, native: np.ndarray) -> Prediction:
         """Write the pictures of an image; its row.
 
         Args:
-            path: of the image.
-            name: of its pictures, below their folders.
+            path: of the image, whose pictures have a name.
             pixels: [H,W,3] uint8.
             score: of the image.
             native: its map [H,W].
         """
         above = native > self._pixel_threshold
         if self._pictures.heatmaps:
-            self._save(HEATMAPS, name, heatmap.overlay(pixels, native, threshold=self._pixel_threshold))
+            self._save(HEATMAPS, path, heatmap.overlay(pixels, native, threshold=self._pixel_threshold))
         if self._pictures.masks:
-            self._save(MASKS, name, np.where(above, np.uint8(255), np.uint8(0)))
+            self._save(MASKS, path, np.where(above, np.uint8(255), np.uint8(0)))
         if self._pictures.maps:
             relative = np.rint(native * (MAP_UNIT / self._pixel_threshold))
-            self._save(MAPS, name, np.clip(relative, 0, 65535).astype(np.uint16))
+            self._save(MAPS, path, np.clip(relative, 0, 65535).astype(np.uint16))
         verdict = "anomalous" if score > self._threshold else "normal"
         return Prediction(str(path), score, self._threshold, verdict, self._pixel_threshold, float(above.mean()))
 
-    def _save(self, kind: str, name: Path, picture: np.ndarray) -> None:
-        target = self._folder / kind / name
+    def _save(self, kind: str, path: Path, picture: np.ndarray) -> None:
+        target = self._folder / kind / self._names[str(path)]
         target.parent.mkdir(parents=True, exist_ok=True)
         heatmap.save_png(target, picture)
 
     def append(self, rows: Sequence[Prediction], versions: Sequence[Version]) -> None:
         """Write rows whose pictures are written, with the versions of their files; they are on file when it returns."""
         for row, version in zip(rows, versions, strict=True):
-            self._lines.write(_line(row, version))
-            self.rows[row.path], self._versions[row.path] = row, version
+            self._is_stale |= row.path in self._rows
+            self._rows[row.path], self._versions[row.path] = row, version
+            self._lines.write(self._line(row.path))
         self._table.write(_csv([row.cells for row in rows]))
         self._lines.flush()
         self._table.flush()
-
-
-def _line(row: Prediction, version: Version) -> str:
-    return json.dumps(row._asdict() | version._asdict()) + "\n"
 
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:

@@ -117,12 +117,34 @@ def test_a_second_call_predicts_what_is_new_or_changed(detector, images, tmp_pat
     assert scores[str(images / "a/001.png")] == pytest.approx(scores[str(images / "a/003.png")], rel=1e-5)
     third, _ = predict(detector, [images], out)
     assert third == second and len(seen) == 2
-    # Every row once, in the table and in the lines, after the call that found them.
-    assert len(table(out / "predictions.csv")) == len(lines(out / "predictions.jsonl")) == 13
 
 
 def decode(path: Path) -> np.ndarray:
     return np.array(pixels(path))
+
+
+def test_a_picture_keeps_its_name(detector, images, tmp_path):
+    """Two images want one name: who has it keeps it, whoever else comes in a later call."""
+    out, first, second = tmp_path / "out", images / "b/000.png", tmp_path / "000.png"
+    shutil.copy(images / "b/004.png", second)
+    rows, _ = predict(detector, [first], out)
+    heat = (out / "heatmaps/000.png.png").read_bytes()
+    rows, _ = predict(detector, [second, first], out)
+    assert [row.path for row in rows] == [str(second), str(first)]
+    assert (out / "heatmaps/000.png.png").read_bytes() == heat != (out / "heatmaps/000.png.2.png").read_bytes()
+    assert [row["picture"] for row in lines(out / "predictions.jsonl")] == ["000.png.png", "000.png.2.png"]
+
+
+def test_a_row_goes_with_its_file(detector, images, tmp_path):
+    """A file that was replaced has one row, of what it is now; one that is broken now has none."""
+    out = tmp_path / "out"
+    predict(detector, [images], out)
+    shutil.copy(images / "a/003.png", images / "a/001.png")
+    (images / "a/005.png").write_bytes(b"")
+    rows, unreadable = predict(detector, [images], out)
+    assert list(unreadable) == [str(images / "a/005.png")] and len(rows) == 11
+    for written in (table(out / "predictions.csv"), lines(out / "predictions.jsonl")):
+        assert sorted(row["path"] for row in written) == sorted(row.path for row in rows)
 
 
 def test_a_torn_last_line_is_predicted_again(detector, images, tmp_path):
@@ -215,6 +237,7 @@ def test_watch_takes_files_when_they_are_whole(run, images, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, process.stderr.read()
     assert [Path(row["path"]).name for row in table(out / "predictions.csv")] == ["one.png", "broken.png"]
+    assert [row["picture"] for row in lines(out / "predictions.jsonl")] == ["one.png.png", "broken.png.png"]
 
 
 def test_calibrate_is_the_conformal_quantile_of_new_normals(run, root, tmp_path):

@@ -25,7 +25,7 @@ from pushpull_jax.detector import build_network, detect_features, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.evaluation import evaluate
 from pushpull_jax.features import Standardisation, extract
-from pushpull_jax.prediction import find_images, predict
+from pushpull_jax.prediction import predict
 from pushpull_jax.recalibration import calibrate
 from pushpull_jax.training import train
 from pushpull_jax.whitening import Moments, fit_whitening
@@ -299,16 +299,6 @@ def test_predict_of_nothing_readable_still_exits_cleanly(run, tmp_path, monkeypa
     (tmp_path / "a.png").write_bytes(b"")
     code, _, error = command(monkeypatch, capsys, "predict", run, tmp_path / "a.png", "--output", tmp_path / "out")
     assert code == 1 and "a.png" in error
-
-
-def test_predict_keeps_images_of_one_name_apart(run, root, tmp_path):
-    for name in ("x", "y"):
-        (tmp_path / name / "good").mkdir(parents=True)
-        shutil.copy(root / "flange/test/good/000.png", tmp_path / name / "good/000.png")
-    targets = [
-        target for _, target in find_images([tmp_path / "x/good", tmp_path / "y/good"], apart_from=tmp_path / "o")
-    ]
-    assert len(set(targets)) == 2
 
 
 def test_predict_does_not_take_its_own_heat_maps_for_images(run, root, tmp_path, monkeypatch):
