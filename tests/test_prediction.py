@@ -163,7 +163,7 @@ def test_a_killed_prediction_goes_on(run, root, images, tmp_path):
     out, environment = tmp_path / "out", os.environ | {"JAX_PLATFORMS": "cpu"}
     words = [*PUSHPULL, "predict", str(run), str(images), "--output", str(out)]
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        while process.poll() is None and not ((out / "predictions.jsonl").is_file() and len_of(out)):
+        while process.poll() is None and not len_of(out):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     done = len_of(out)
@@ -175,8 +175,61 @@ def test_a_killed_prediction_goes_on(run, root, images, tmp_path):
     assert len(list((out / "heatmaps").rglob("*.png"))) == 162
 
 
+@pytest.fixture(scope="module")
+def many(root, tmp_path_factory) -> tuple[Path, list[Path]]:
+    """A folder of 20,000 images, and those that they are in turn: links cost no room."""
+    folder, originals = tmp_path_factory.mktemp("many"), sorted((root / "flange/test").rglob("*.png"))
+    for i in range(20_000):
+        os.link(originals[i % len(originals)], folder / f"{i:05}.png")
+    return folder, originals
+
+
+def resident_until(rows: int, words: tuple, out: Path) -> dict[int, int]:
+    """Run a prediction, killed as soon as it has so many rows; its resident memory in bytes after each 1,000 rows."""
+    resident, environment = {}, os.environ | {"XLA_FLAGS": ""}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if 1000 <= (done := len_of(out)) < 20_000:
+                pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+                resident.setdefault(done // 1000 * 1000, int(pages) * os.sysconf("SC_PAGE_SIZE"))
+            if done >= rows:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        assert process.returncode == (0 if rows > 20_000 else -signal.SIGKILL), process.stderr.read().decode()
+    return resident
+
+
+@pytest.mark.slow
+def test_20000_images_killed_three_times_have_a_row_each(run, detector, many, tmp_path):
+    folder, originals = many
+    out = tmp_path / "out"
+    words = (*PUSHPULL, "predict", str(run), str(folder), "--output", str(out), "--no-heatmaps")
+    for rows in (5_000, 10_000, 15_000, 20_001):
+        resident_until(rows, words, out)
+        whole = [json.loads(line)["path"] for line in (out / "predictions.jsonl").read_bytes().splitlines()[:-1]]
+        assert len(whole) == len(set(whole)) >= min(rows, 20_000) - 1
+    written, told = table(out / "predictions.csv"), lines(out / "predictions.jsonl")
+    paths = [str(folder / f"{i:05}.png") for i in range(20_000)]
+    assert [row["path"] for row in written] == [row["path"] for row in told] == paths
+    scores = np.tile([detector(pixels(path)[None])[0][0] for path in originals], 20_000)[:20_000]
+    np.testing.assert_allclose([row["score"] for row in told], scores, rtol=1e-4)
+    np.testing.assert_allclose([float(row["score"]) for row in written], scores, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_memory_after_20000_images_is_that_after_4000(run, many, tmp_path):
+    """To 5 %, as was asked for, with heat maps; the images, had they been kept, would be 250 MB."""
+    folder, out = many[0], tmp_path / "out"
+    resident = resident_until(20_001, (*PUSHPULL, "predict", str(run), str(folder), "--output", str(out)), out)
+    print({rows: round(size / 1e6, 1) for rows, size in resident.items()})
+    assert max(resident) >= 15_000  # the last look before it ends
+    assert abs(resident[max(resident)] / resident[4_000] - 1) < 0.05
+    assert len(list((out / "heatmaps").rglob("*.png"))) == 20_000
+
+
 def len_of(out: Path) -> int:
-    return (out / "predictions.jsonl").read_bytes().count(b"\n")
+    path = out / "predictions.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def test_an_output_belongs_to_its_detector_and_options(detector, images, tmp_path):
