@@ -1,4 +1,7 @@
-"""What holds for every test: eight fake CPU devices, no silent rank promotion, and the shared data where they are."""
+"""What holds for every test: eight fake CPU devices, no silent rank promotion, and the shared data where they are.
+
+PUSHPULL_PLATFORM=cuda puts what is computed onto a GPU instead; the tests of pure functions and of networks pass there.
+"""
 
 import contextlib
 import os
@@ -9,7 +12,9 @@ import pytest
 
 # Before jax is imported anywhere.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM = os.environ.get("PUSHPULL_PLATFORM", "cpu")
+if PLATFORM != "cpu":  # tests compare to float32's last digits, which an accelerator's default does not have
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 # One program that several tests train with is compiled once a session (and worker); it is traced every time.
