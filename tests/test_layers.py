@@ -1,5 +1,7 @@
 """Convolutions: padding by hand, the two lowerings against each other and slow numpy in float64; batches in parts."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,7 @@ def test_depthwise_against_slow_numpy(lowering):
         np.testing.assert_allclose(got[0, ..., c], one[..., 0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="is about the CPU")
 def test_auto_sums_shifts_on_cpu():
     x, weights = tensors(2, (1, 6, 6, 2), (3, 3, 2))
 
