@@ -249,7 +249,7 @@ def _first(traits: Traits, bank: FeatureBank, members: list[Member], mesh: Any) 
         units = np.ones(len(network.features.widths), np.float32)
         if traits.by_stage:
             normal = member.data.features(bank, member.data.normal)
-            start = first_state(member.config, network, normal, None) if state is None else state
+            start = first_state(member.config, network, normal, None, device_mesh()) if state is None else state
             units = np.float32(stage_levels(network, start.parameters, normal))
         numbers.append(_settings(member, units, most))
     missing = -len(members) % mesh.shape["grid"]
@@ -264,7 +264,7 @@ def _host_state(member: Member, bank: FeatureBank, network: Any) -> State | None
     if member.start is None and not isinstance(network.reconstructor, NearestNeighbour):
         return None
     normal = member.data.features(bank, member.data.normal)
-    return first_state(member.config, network, normal, member.start and member.start.parameters)
+    return first_state(member.config, network, normal, member.start and member.start.parameters, device_mesh())
 
 
 def _settings(member: Member, units: np.ndarray, most: int) -> Settings:

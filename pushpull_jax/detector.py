@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from pushpull_jax import scoring
 from pushpull_jax import workdir as files
@@ -276,10 +277,11 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax
     )
 
 
-def initial_state(config: Config, network: Network) -> State:
-    """The state before the first step."""
+def initial_state(config: Config, network: Network, *, mesh: Mesh | None = None) -> State:
+    """The state before the first step; see `init_state`."""
     shape = (network.features.grid, network.features.grid, sum(network.features.widths))
-    return init_state(jax.random.key(config.seed), network.reconstructor, build_optimizer(config)[0], shape)
+    key = jax.random.key(config.seed)
+    return init_state(key, network.reconstructor, build_optimizer(config)[0], shape, mesh=mesh)
 
 
 def _read_thresholds(path: Path) -> dict[str, np.ndarray]:

@@ -146,11 +146,11 @@ def fit(
         if checkpoints.latest is not None:
             state = checkpoints.restore(jax.eval_shape(lambda: initial_state(config, program.network)))
             checkpoints.discard_after(int(state.step))  # damaged ones
+            state = replicate(state, program.mesh)  # from the host, where its digest was taken
         else:
-            state = first_state(config, program.network, normal, start)
+            state = first_state(config, program.network, normal, start, program.mesh)
             if not steps:
                 checkpoints.save(state)
-        state = replicate(state, program.mesh)
         step, log = int(state.step.addressable_data(0)), folder / files.LOG
         rows = [row for row in files.read_lines(log) if row["step"] <= step]
         with agreed():
@@ -186,13 +186,15 @@ def fit(
     return on_one_device(state)
 
 
-def first_state(config: Config, network: Network, normal: FeatureRows, start: Any) -> State:
-    """The state before the first step; a nearest neighbour has all that it needs from the normal images at once."""
-    state = initial_state(config, network)
+def first_state(config: Config, network: Network, normal: FeatureRows, start: Any, mesh: Mesh) -> State:
+    """The state before the first step, on every device of a mesh.
+
+    A nearest neighbour has all that it needs from the normal images at once.
+    """
+    state = initial_state(config, network, mesh=mesh)
     if isinstance(network.reconstructor, NearestNeighbour):
-        cells = sample_cells(normal, images=len(normal), size=network.reconstructor.size, seed=config.seed)
-        return state._replace(parameters={"cells": jax.device_put(cells)})
-    return state if start is None else state._replace(parameters=jax.device_put(start))
+        start = {"cells": sample_cells(normal, images=len(normal), size=network.reconstructor.size, seed=config.seed)}
+    return state if start is None else state._replace(parameters=replicate(start, mesh))
 
 
 def cross_fit(
@@ -216,7 +218,7 @@ def cross_fit(
         for fold in range(count):
             held = order[fold::count]
             kept = np.setdiff1d(order, held)
-            state = replicate(first_state(config, program.network, normal[kept], None), program.mesh)
+            state = first_state(config, program.network, normal[kept], None, program.mesh)
             some = (pools[0]._replace(examples=pools[0].examples[kept]), *pools[1:])
             with examples.opened(some, 0) as advance:
                 for step in range(0, steps, size):

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pushpull_jax.mesh import replicate
 from pushpull_jax.precision import MatmulPrecision, matmul_precision
 
 Batch = dict[str, jax.Array]
@@ -76,15 +77,22 @@ def clipped_adamw(
 
 
 def init_state(
-    key: jax.Array, reconstructor: nn.Module, optimizer: optax.GradientTransformation, features_shape: tuple[int, ...]
+    key: jax.Array,
+    reconstructor: nn.Module,
+    optimizer: optax.GradientTransformation,
+    features_shape: tuple[int, ...],
+    *,
+    mesh: Mesh | None = None,
 ) -> State:
-    """A fresh state for features of a shape [h,w,C]."""
+    """A fresh state for features of a shape [h,w,C], born on every device of a mesh, or on the one of the key."""
 
     def init(key: jax.Array) -> State:
         parameters = reconstructor.init(key, jnp.zeros((1, *features_shape)))["params"]
         return State(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 
-    return jax.jit(init)(key)
+    if mesh is None:
+        return jax.jit(init)(key)
+    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(replicate(key, mesh))
 
 
 def training_apply(

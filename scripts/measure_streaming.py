@@ -27,7 +27,6 @@ from pushpull_jax.extraction import Extractor, Source
 from pushpull_jax.feature_stores import Streamed
 from pushpull_jax.features import raw
 from pushpull_jax.fit import build_program
-from pushpull_jax.mesh import replicate
 from pushpull_jax.objectives import squared
 from pushpull_jax.steps import Pool
 from pushpull_jax.streaming import StreamedExamples
@@ -83,7 +82,7 @@ def memory(examples: StreamedExamples) -> dict[int, int]:
     """Resident bytes after so many images of one pass."""
     config, count = examples.config, len(examples.examples["row"])
     pools, every, resident = (Pool(np.arange(count), BATCH),), EVERY // BATCH, {}
-    state = replicate(initial_state(config, examples.program.network), examples.program.mesh)
+    state = initial_state(config, examples.program.network, mesh=examples.program.mesh)
     with examples.opened(pools, 0) as advance:
         for step in range(0, count // BATCH, config.log.every):
             state, metrics = advance(state, step, step + config.log.every)
@@ -98,7 +97,7 @@ def wait(examples: StreamedExamples, steps: int, prefetch: int) -> dict[str, flo
     config = replace(examples.config, features=replace(examples.config.features, prefetch=prefetch))
     examples = replace(examples, config=config)
     pools = (Pool(np.arange(len(examples.examples["row"])), BATCH),)
-    state = replicate(initial_state(config, examples.program.network), examples.program.mesh)
+    state = initial_state(config, examples.program.network, mesh=examples.program.mesh)
     key, waited, computed = jax.random.key(0), [], []
     batches = examples.batches(pools, 0)
     for _ in range(steps):

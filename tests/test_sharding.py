@@ -14,7 +14,7 @@ from pushpull_jax import fit as fit_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Mesh, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
-from pushpull_jax.detector import build_network, initial_state
+from pushpull_jax.detector import build_network, build_optimizer, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.mesh import device_mesh, replicate
 from pushpull_jax.models.reconstructor import Reconstructor as Transformer
@@ -38,7 +38,7 @@ def trained(devices: int, *, batch: int, steps: int = 20):
     indices = np.stack([rng.permutation(30)[:batch] for _ in range(steps)]).astype(np.int32)
     mesh, tx = device_mesh(data=devices), optimizer()
     chunk = make_chunk(make_step(squared, training_apply(MODEL, jitter=0.3), tx), mesh=mesh)
-    state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+    state = init_state(jax.random.key(1), MODEL, tx, (4, 4, 12), mesh=mesh)
     state, told = chunk(state, replicate(examples, mesh), indices, jax.random.key(2))
     return np.asarray(told["loss"]), state
 
@@ -57,7 +57,7 @@ def test_losses_do_not_depend_on_the_devices(devices, batch):
 def test_a_batch_is_spread_and_its_gradients_are_summed_over_the_devices():
     tx, mesh = optimizer(), device_mesh(data=8)
     chunk = make_chunk(make_step(squared, training_apply(MODEL), tx), mesh=mesh)
-    state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+    state = init_state(jax.random.key(1), MODEL, tx, (4, 4, 12), mesh=mesh)
     examples = replicate({"features": np.zeros((30, 4, 4, 12), np.float32)}, mesh)
     compiled = chunk.lower(state, examples, np.zeros((2, 16), np.int32), jax.random.key(0)).compile().as_text()
     assert "all-reduce" in compiled
@@ -74,7 +74,7 @@ def test_gradients_of_the_first_step_do_not_depend_on_the_devices():
     for devices in (1, 8):
         mesh, tx = device_mesh(data=devices), optax.sgd(1.0)
         chunk = make_chunk(make_step(squared, training_apply(MODEL), tx), mesh=mesh)
-        state = replicate(init_state(jax.random.key(1), MODEL, tx, (4, 4, 12)), mesh)
+        state = init_state(jax.random.key(1), MODEL, tx, (4, 4, 12), mesh=mesh)
         before = jax.device_get(state.parameters)
         state, _ = chunk(state, replicate(examples, mesh), np.arange(16, dtype=np.int32)[None], jax.random.key(2))
         gradients.append(jax.tree.map(np.subtract, before, jax.device_get(state.parameters)))
@@ -104,6 +104,22 @@ def config(tmp_path_factory) -> Config:
         log=Log(every=2),
         checkpoint=Checkpoint(every=2),
     )
+
+
+def test_a_fresh_state_is_born_on_all_devices(config):
+    """None of it goes from one device to another, and its bits are those of the state that is born on one."""
+    network, mesh = build_network(config), device_mesh(data=8)
+    one, first = initial_state(config, network), fit_module.first_state(config, network, None, None, mesh)
+    of_network = (network.reconstructor, build_optimizer(config)[0], (8, 8, sum(network.features.widths)))
+    key = replicate(jax.random.key(config.seed), mesh)
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        born = init_state(key, *of_network, mesh=mesh)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="device-to-device"):
+            replicate(one, mesh)
+    for leaf, other, expected in zip(*map(jax.tree.leaves, (first, born, one)), strict=True):
+        for several in (leaf, other):
+            assert several.sharding.is_fully_replicated and len(several.sharding.device_set) == 8
+            np.testing.assert_array_equal(several, expected)
 
 
 def test_a_run_on_all_devices_is_the_run_on_one(config, tmp_path):
