@@ -22,6 +22,7 @@ import numpy as np
 from pushpull_jax import workdir as files
 from pushpull_jax.ablation_report import ablation_csv, write_ablation_report
 from pushpull_jax.batching import BATCH_SIZE
+from pushpull_jax.bucket import absolute
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Ablation, Config, flatten, from_dict, runs_of, to_dict
 from pushpull_jax.data.manifest import Record
@@ -128,7 +129,7 @@ def ablate(ablation: Ablation, workdir: str | Path, *, command: Sequence[str] = 
     rows = sorted(files.read_lines(folder / MEMBERS), key=lambda row: row["member"])
     rows = [row | {"metrics": {n: np.nan if v is None else v for n, v in row["metrics"].items()}} for row in rows]
     files.write_text(folder / TABLE, ablation_csv(rows))
-    write_ablation_report(folder / REPORT, rows, title=folder.resolve().name, details=_details(folder))
+    write_ablation_report(folder / REPORT, rows, title=absolute(folder).name, details=_details(folder))
     return rows
 
 
@@ -314,19 +315,22 @@ def _train(
         except InputError as error:
             say(f"{error}; {folder.name} is trained anew")
             checkpoints.discard_after(step := 0)
-        files.write_lines(log, (row for row in files.read_lines(log) if row["step"] <= step))
+        rows = [row for row in files.read_lines(log) if row["step"] <= step]
+        files.write_lines(log, rows)
         program = None if step == steps else _compile_training(traits, states, settings, features, mesh, size, config)
-        with progress_bar(desc=folder.name, total=steps, initial=step, unit="step") as bar:
+        bar = progress_bar(desc=folder.name, total=steps, initial=step, unit="step")
+        with bar, files.Log(log, rows) as written:
             while step < steps:
                 last = min((step // size + 1) * size, steps)
-                rows = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
-                indices = _spread(np.stack(rows + rows[:1] * (count - len(rows))), mesh)
+                drawn = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
+                indices = _spread(np.stack(drawn + drawn[:1] * (count - len(drawn))), mesh)
                 states, told = program.run(states, (settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
-                files.append_line(log, {"step": last, "loss": losses.tolist()})
+                written.add({"step": last, "loss": losses.tolist()})
                 checkpoints.check()
                 told_to_stop = notice.is_due()
                 if last % config.checkpoint.every == 0 or last == steps or told_to_stop or checkpoints.is_due():
+                    written.flush()
                     checkpoints.save(states, step=last)
                 if told_to_stop:
                     raise Preempted(f"{folder}: told to stop; the states of step {last} are saved")

@@ -22,11 +22,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 
+from pushpull_jax.bucket import absolute, is_bucket
 from pushpull_jax.errors import InputError
 from pushpull_jax.progress import say
 from pushpull_jax.steps import State
 
 _DIGEST = "digest"
+_CACHE_BYTES = 2**24
 
 
 class Checkpoints:
@@ -43,7 +45,7 @@ class Checkpoints:
             alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
             options = dataclasses.replace(options, multiprocessing_options=alone)
         # orbax refuses relative paths, and leaves debris when it does.
-        self._manager = _Manager(folder.resolve(), options=options)
+        self._manager = _Manager(absolute(folder), options=options)
         self._folder, self._stack = folder, contextlib.ExitStack()
         self._seconds, self._saved_at = 60 * minutes, time.monotonic()
 
@@ -137,7 +139,7 @@ class Checkpoints:
         tree = abstract._asdict() | {_DIGEST: jax.ShapeDtypeStruct((32,), np.uint8)}
         path = self._folder / str(step)
         try:
-            _read_all(path.resolve())
+            _read_all(absolute(path))
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(tree))
         except Exception as error:  # whatever a damaged file brings about in orbax, tensorstore or zstd
             raise InputError(f"{path}: cannot be restored: {_reason(error)}") from error
@@ -205,11 +207,15 @@ def _read_all(path: Path) -> None:
 
     orbax reads all of them at once; where one cannot be read, asyncio tells of each of the others, at whatever moment.
     """
-    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/default/"}}
-    for key in tensorstore.KvStore.open(store).result().list().result():
+    base = f"{path}/default/"
+    store = {"driver": "ocdbt", "base": base if is_bucket(path) else {"driver": "file", "path": base}}
+    # What all arrays are found by is read once, not over the network for each of them.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    for key in tensorstore.KvStore.open(store, context=context).result().list().result():
         if key.endswith(b"/.zarray"):
             array = {"driver": "zarr", "kvstore": store | {"path": key.decode().removesuffix(".zarray")}}
-            tensorstore.open(array).result().read().result()
+            array |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
+            tensorstore.open(array, context=context).result().read().result()
 
 
 def _reason(error: Exception) -> str:

@@ -52,12 +52,15 @@ commands:
 CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adtr, ... (a misspelt one lists them all).
 `pushpull COMMAND --help` tells more."""
 
+# Not a path, which would take a slash from gs://BUCKET/FOLDER.
+_Workdir = Annotated[str, tyro.conf.arg(metavar="DIR")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a detector and evaluate it; a run that was stopped goes on."""
 
-    workdir: Path
+    workdir: _Workdir
     """Folder of the run, new or empty, or that of the same run."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
@@ -66,7 +69,7 @@ class Train:
 class Evaluate:
     """Evaluate a finished run on the test images of its category: metrics.json, predictions.csv, report.html."""
 
-    workdir: tyro.conf.Positional[Path]
+    workdir: tyro.conf.Positional[_Workdir]
     """Folder of the run."""
     root: Path | None = None
     """Where the data are now, if they have moved since the run was trained."""
@@ -78,7 +81,7 @@ class Predict:
 
     The same command goes on where it was stopped."""
 
-    workdir: tyro.conf.Positional[Path]
+    workdir: tyro.conf.Positional[_Workdir]
     """Folder of the run."""
     output: Path
     """Folder that is written to; it belongs to the run, its thresholds and the options below."""
@@ -106,7 +109,7 @@ class Predict:
 class Calibrate:
     """Fit the thresholds of a finished run to other normal images, without training."""
 
-    workdir: tyro.conf.Positional[Path]
+    workdir: tyro.conf.Positional[_Workdir]
     """Folder of the run."""
     normals: tuple[Path, ...]
     """Image files, and folders that are searched for images at any depth: all normal, none trained on."""
@@ -120,7 +123,7 @@ class Calibrate:
 class Export:
     """Export a finished run to one folder that runs elsewhere: a jax.export artefact, weights, model card, example."""
 
-    workdir: tyro.conf.Positional[Path]
+    workdir: tyro.conf.Positional[_Workdir]
     """Folder of the run."""
     output: Path
     """Folder that is made, whole or not at all. One that exists is refused, but for --verify of an export."""
@@ -137,7 +140,7 @@ class Export:
 class Ablate:
     """Train and score a grid of runs together: ablation.csv, a table of means over seeds, report.html."""
 
-    workdir: Path
+    workdir: _Workdir
     """Folder of the grid, new or empty, or that of the same grid, which goes on."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     vary: tuple[str, ...] = ()
@@ -149,7 +152,7 @@ class Ablate:
 class Serve:
     """Serve a finished run by HTTP until SIGTERM: POST /predict, and a page at / to drop images on."""
 
-    workdir: tyro.conf.Positional[Path]
+    workdir: tyro.conf.Positional[_Workdir]
     """Folder of the run."""
     port: int = 8000
     """Port; 0 takes any that is free."""
@@ -241,7 +244,7 @@ def ablate(arguments: list[str]) -> None:
 
     rows = ablate(ablation, chosen.workdir, command=["pushpull", "ablate", *arguments])
     print(text_table(summarise(rows)))
-    print(f"table: {chosen.workdir / 'ablation.csv'}\nreport: {chosen.workdir / 'report.html'}")
+    print(f"table: {chosen.workdir}/ablation.csv\nreport: {chosen.workdir}/report.html")
 
 
 def _enable_compilation_cache() -> None:
@@ -439,7 +442,7 @@ class _UsageError(Exception):
     """A command line that does not fit; exit code 2."""
 
 
-def _summarise(metrics: dict, workdir: Path) -> None:
+def _summarise(metrics: dict, workdir: str) -> None:
     """The final metrics in percent, and where the rest is."""
     if not metrics:
         print(f"run: {workdir}")
@@ -449,7 +452,7 @@ def _summarise(metrics: dict, workdir: Path) -> None:
     print("  ".join(f"{name} {100 * metrics[name]:.1f}" for name in METRICS))
     print(f"threshold {metrics['threshold']:.4g}: {metrics['false_alarms']} of {metrics['normal']} normal images "
           f"called anomalous, {metrics['missed']} of {metrics['anomalous']} anomalous ones missed")  # fmt: skip
-    print(f"report: {workdir / 'report.html'}")
+    print(f"report: {workdir.rstrip('/')}/report.html")
 
 
 def main() -> None:

@@ -304,7 +304,7 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
     Raises:
         InputError: the folder is not a run, the run is not finished, or one of its files is damaged.
     """
-    folder = Path(workdir)
+    folder = files.run_folder(workdir)
     find_backbone(files.read_config(folder)[0].features.backbone)
     if not (folder / files.THRESHOLD).is_file():
         raise InputError(f"workdir {folder}: the run is not finished; the command that started it goes on with it")

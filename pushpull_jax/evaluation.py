@@ -49,7 +49,7 @@ def evaluate(
     Raises:
         InputError: the run or the data cannot be used.
     """
-    folder = Path(workdir)
+    folder = files.run_folder(workdir)
     config, run = files.read_config(folder)
     if root is not None:
         config = replace(config, data=replace(config.data, root=str(root)))

@@ -156,11 +156,12 @@ def fit(
         with agreed():
             if is_first():
                 files.write_lines(log, rows)
+        written = files.Log(log, rows, is_wanted=is_first())
         is_shown = config.log.tensorboard and is_first()
         scalars = training_scalars(folder / files.TENSORBOARD / "train", rows, is_wanted=is_shown)
         rates = learning_rates(program.learning_rate, steps)
         bar = progress_bar(desc="training", total=steps, initial=step, unit="step")
-        with bar, scalars as show, examples.opened(pools, step) as advance:
+        with bar, scalars as show, written, examples.opened(pools, step) as advance:
             while step < steps:
                 # To the next multiple of `size`, which a resumed run may have changed.
                 began, last = time.perf_counter(), min((step // size + 1) * size, steps)
@@ -168,12 +169,12 @@ def fit(
                 row = {"step": last, **_means(metrics, step, last, config)}
                 row["learning_rate"] = float(rates[last - 1])
                 row["seconds_per_step"] = (time.perf_counter() - began) / (last - step)
-                if is_first():
-                    files.append_line(log, row)
+                written.add(row)
                 show(row)
                 checkpoints.check()
                 is_told = notice.is_due()  # asked once, since it may come at any moment
                 if last % config.checkpoint.every == 0 or last == steps or is_told or checkpoints.is_due():
+                    written.flush()
                     checkpoints.save(state)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['learning_rate']:.1e}", refresh=False)
                 bar.update(last - step)

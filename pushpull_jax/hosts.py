@@ -186,14 +186,14 @@ def check_shared(folder: Path) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 part.write_bytes(b"")
             except OSError as error:
-                raise InputError(f"workdir {folder}: cannot be written to: {error.strerror}") from error
+                raise InputError(f"workdir {folder}: cannot be written to: {error.strerror or error}") from error
     seen = exchange(_appears(part))
     if is_first():
         part.unlink()
     if blind := [str(process) for process, sees in enumerate(seen) if not sees]:
         raise InputError(
             f"workdir {folder}: what process 0 writes there is not seen by {', '.join(blind)} of {len(seen)} "
-            "processes; it must be on a file system that all share, or a bucket that all mount"
+            "processes; it must be on a file system that all share, or in a bucket"
         )
 
 

@@ -51,7 +51,7 @@ def calibrate(
     """
     if not 0 < false_positive_rate < 1:
         raise InputError(f"--fpr {false_positive_rate}: expected a share between 0 and 1")
-    folder = Path(workdir)
+    folder = files.run_folder(workdir)
     config, run = files.read_config(folder)
     paths = [path for path, _ in find_images(normals, apart_from=folder)]
     _check_unseen(paths, config, run["data"])
@@ -87,12 +87,12 @@ def at_false_positive_rate(workdir: str | os.PathLike, detector: Detector, *, ra
     """
     if not 0 < rate < 1:
         raise InputError(f"--fpr {rate}: expected a share between 0 and 1")
-    values = files.read_json(Path(workdir) / files.THRESHOLD)
+    path = files.run_folder(workdir) / files.THRESHOLD
+    values = files.read_json(path)
     parts = [values.get(name) for name in ("held_out_scores", "held_out_peaks")]
     if not all(isinstance(part, dict) and part for part in parts):
         raise InputError(
-            f"{Path(workdir) / files.THRESHOLD} does not tell the scores of its normal images; `pushpull calibrate` "
-            "fits thresholds anew"
+            f"{path} does not tell the scores of its normal images; `pushpull calibrate` fits thresholds anew"
         )
     fitted = [conformal_threshold(np.asarray(list(part.values())), false_positive_rate=rate) for part in parts]
     return detector.with_thresholds(*(threshold.value for threshold in fitted))

@@ -5,7 +5,6 @@ tested or calibrated on.
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -51,7 +50,7 @@ def read_start(config: Config, reconstructor: nn.Module | None) -> Start:
     Raises:
         InputError: it is not a finished run, or one of another network or other data.
     """
-    folder = Path(config.training.start)
+    folder = files.run_folder(config.training.start)
     if not files.is_run(folder):
         raise InputError(f"training.start {folder} is not a run: it has no {files.CONFIG}")
     there, network = read_network(folder, reconstructor=reconstructor)

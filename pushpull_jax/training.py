@@ -18,6 +18,7 @@ import numpy as np
 
 from pushpull_jax import hosts
 from pushpull_jax import workdir as files
+from pushpull_jax.bucket import is_address, is_bucket
 from pushpull_jax.calibration import conformal_threshold
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Config, check, flatten
@@ -79,6 +80,8 @@ def train(
     """
     folder = files.run_folder(workdir)
     check(config, source="config")
+    if is_bucket(folder) and (config.log.tensorboard or config.log.profile):
+        raise InputError(f"workdir {folder}: log.tensorboard and log.profile write to a folder only, not to a bucket")
     with hosts.connected(config.hosts):
         with hosts.agreed():
             records = _trained(_with_absolute_paths(config), folder, loss_fn, reconstructor, command)
@@ -246,7 +249,7 @@ def _name_of(loss_fn: LossFunction) -> str:
 
 def _with_absolute_paths(config: Config) -> Config:
     def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if path else ""
+        return str(Path(path).resolve()) if path and not is_address(path) else path
 
     return replace(
         config,

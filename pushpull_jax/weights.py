@@ -189,7 +189,7 @@ def save_parameters(path: str | os.PathLike, parameters: Parameters, *, metadata
     write_bytes(path, safetensors.numpy.save(flat, metadata=metadata))
 
 
-def load_parameters(path: str | os.PathLike, *, like: Parameters) -> Parameters:
+def load_parameters(path: Path, *, like: Parameters) -> Parameters:
     """Read what `save_parameters` wrote.
 
     Args:
@@ -199,7 +199,11 @@ def load_parameters(path: str | os.PathLike, *, like: Parameters) -> Parameters:
     Raises:
         InputError: the file cannot be read, or its tensors are others or not float32; all are listed, sorted.
     """
-    state, _ = _read_safetensors(path)
+    try:
+        # As bytes, for it may lie in a bucket.
+        state = safetensors.numpy.load(path.read_bytes())
+    except (OSError, KeyError, safetensors.SafetensorError) as error:  # NumPy may lack the dtype
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
     return _checked(state, like, str(path))
 
 

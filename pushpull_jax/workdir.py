@@ -1,5 +1,7 @@
 """The files of a run's folder, written in whole parts: a reader sees the old file or the new one, never half of one.
 
+The folder is a `pathlib.Path`, or a place in a bucket with the same methods (`bucket`).
+
 config.json           the resolved config, versions, command, and what data it saw
 backbone.safetensors  frozen parameters: the backbone's and the standardisation
 checkpoints/          states of the reconstructor and its optimiser (orbax)
@@ -16,12 +18,13 @@ import json
 import math
 import os
 import platform
-import re
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pushpull_jax.bucket import bucket_path, is_address, is_bucket, write_object
 from pushpull_jax.config import HOW_IT_RUNS, Config, check, flatten, from_dict, to_dict
 from pushpull_jax.errors import InputError
 
@@ -29,23 +32,26 @@ CONFIG, BACKBONE, CHECKPOINTS, LOG = "config.json", "backbone.safetensors", "che
 RESIDUALS, PROFILE, TENSORBOARD = "residuals.safetensors", "profile", "tensorboard"
 THRESHOLD, METRICS, PREDICTIONS, REPORT = "threshold.json", "metrics.json", "predictions.csv", "report.html"
 
+# A bucket takes the same object about once a second (its documentation), and a row may come far more often.
+_SECONDS = 10.0
+
 # What the numbers of a run depend on.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
 
 
 def run_folder(workdir: str | os.PathLike) -> Path:
-    """The folder of a run.
+    """The folder of a run, or its place in a bucket.
 
     Raises:
-        InputError: it is the address of a bucket, which would become a local folder of that name.
+        InputError: it is an address that cannot be used.
     """
-    if re.match(r"\w\w+:/", str(workdir)):
-        raise InputError(f"workdir {workdir}: expected a folder; a bucket must be mounted as one (docs/hosts.md)")
-    return Path(workdir)
+    return bucket_path(workdir) if is_address(workdir) else Path(workdir)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all: what was there stays until the new one is complete. Its folder must exist."""
+    if is_bucket(path):
+        return write_object(path, content)
     path = Path(path)
     part = path.with_name(f".{uuid.uuid4().hex}.part")  # as long whatever the name is, and no other process's
     try:
@@ -85,7 +91,7 @@ def read_json(path: Path) -> Any:
         InputError: there is no such file, or it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
 
@@ -115,6 +121,41 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 def append_line(path: Path, row: dict) -> None:
     """Add one row to a JSON-lines file, which is written whole: a bucket cannot append."""
     write_lines(path, [*read_lines(path), row])
+
+
+class Log:
+    """Rows of a JSON-lines file that grows, which is written whole. A context manager: leaving it writes what is left.
+
+    In a bucket rows wait until `_SECONDS` have passed.
+
+    Args:
+        path: of the file.
+        rows: that stand in it.
+        is_wanted: otherwise nothing is written.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[dict], *, is_wanted: bool = True):
+        self._path, self._rows, self._is_wanted = path, list(rows), is_wanted
+        self._is_behind, self._written_at = False, time.monotonic()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.flush()
+
+    def add(self, row: dict) -> None:
+        """Add a row."""
+        self._rows.append(row)
+        self._is_behind = True
+        if not is_bucket(self._path) or time.monotonic() - self._written_at > _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that were added; to be done before the state that they lead to is saved."""
+        if self._is_wanted and self._is_behind:
+            write_lines(self._path, self._rows)
+            self._is_behind, self._written_at = False, time.monotonic()
 
 
 def versions() -> dict[str, str]:
@@ -165,6 +206,8 @@ def check_startable(workdir: Path, config: Config) -> bool:
     if not is_run(workdir):
         if workdir.exists() and (not workdir.is_dir() or any(map(_is_foreign, workdir.iterdir()))):
             raise InputError(f"workdir {workdir} exists and is not a run: choose an empty or a new folder")
+        if is_bucket(workdir):
+            return False
         parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"workdir {workdir}: {parent} is not a folder that may be written to")

@@ -27,8 +27,8 @@ LAYERS = (
     "models.reconstructor", "models.convolutional", "models.nearest", "models.efficientnet", "models.resnet",
     "models.vit", "models.pixels", "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration",
     "bootstrap", "page", "streaming_metrics", "metrics", "ranking", "compilation_cache", "whitening", "scoring",
-    "losses", "precision", "shapes", "workdir", "mesh", "profiling", "resources", "user_cache", "progress", "config",
-    "errors",
+    "losses", "precision", "shapes", "workdir", "bucket", "mesh", "profiling", "resources", "user_cache", "progress",
+    "config", "errors",
 )  # fmt: skip
 
 

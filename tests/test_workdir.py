@@ -1,6 +1,7 @@
 """The files of a run's folder: whole or not there, JSON that anybody can read, and which folder may be used."""
 
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -91,6 +92,32 @@ def test_lines(tmp_path):
     files.write_lines(path, (row for row in files.read_lines(path) if row["step"] < 2))
     files.append_line(path, {"step": 3})
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_a_log_is_whole_after_every_row_or_where_a_bucket_has_it_when_it_must_be(tmp_path, monkeypatch):
+    path, written = tmp_path / "metrics.jsonl", []
+    with files.Log(path, [{"step": 1}]) as log:
+        log.add({"step": 2})
+        assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
+    monkeypatch.setattr(files, "is_bucket", lambda path: True)
+    monkeypatch.setattr(files, "write_object", lambda path, content: written.append(content.count(b"\n")))
+    monkeypatch.setattr(files, "_SECONDS", math.inf)
+    with files.Log(path, files.read_lines(path)) as log:
+        for step in (3, 4):
+            log.add({"step": step})
+        assert not written
+        log.flush()
+        assert written == [4]
+        log.flush()  # there is nothing new
+        log.add({"step": 5})
+        monkeypatch.setattr(files, "_SECONDS", 0.0)
+        log.add({"step": 6})
+        monkeypatch.setattr(files, "_SECONDS", math.inf)
+        log.add({"step": 7})
+    assert written == [4, 6, 7]
+    with files.Log(path, [], is_wanted=False) as log:
+        log.add({"step": 1})
+    assert written == [4, 6, 7]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "{"])
@@ -211,7 +238,8 @@ def test_the_final_name_never_holds_a_part(tmp_path, monkeypatch):
     assert seen == [(b"whole", False)] and path.read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize("bucket", ["gs://bucket/run", "s3:/bucket/run"])  # as Path leaves it
-def test_a_bucket_is_no_folder(bucket):
-    with pytest.raises(InputError, match=f"workdir {bucket}: expected a folder; a bucket must be mounted"):
-        files.run_folder(bucket)
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run", "gs://bucket", "gs://bucket/"])
+def test_an_address_is_no_folder(address):
+    """Whatever comes after gs:, one slash is what `pathlib` leaves of two."""
+    with pytest.raises(InputError, match=f"{address}: expected a folder, or gs://BUCKET/FOLDER as a string"):
+        files.run_folder(address)

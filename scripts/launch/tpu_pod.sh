@@ -14,19 +14,19 @@ gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" > /dev/null 2>&1 ||
 
 gcloud compute tpus tpu-vm scp --recurse --worker=all --zone "$ZONE" . "$NAME":pushpull_jax
 
-# The bucket is mounted on every worker: they share it. orbax renames folders, which gcsfuse must be told to do.
+# The data are read from the bucket as from a folder; the run is written to it directly.
 gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "
     set -e
     python3 -m venv ~/venv && source ~/venv/bin/activate
-    pip install --quiet -c ~/pushpull_jax/constraints.txt -e ~/pushpull_jax[tpu]
+    pip install --quiet -c ~/pushpull_jax/constraints.txt -e ~/pushpull_jax[gcs,tpu]
     mkdir -p ~/bucket
-    mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit 200000 $BUCKET ~/bucket
+    mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket
 "
 
 # It ends with 75 when a VM was preempted: its state is saved, and the same command goes on.
 gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "
     source ~/venv/bin/activate
     pushpull train quick \
-        --data.root ~/bucket/mvtec_ad --data.category bottle --workdir ~/bucket/runs/bottle \
+        --data.root ~/bucket/mvtec_ad --data.category bottle --workdir gs://$BUCKET/runs/bottle \
         --mesh.data -1 --hosts.heartbeat_timeout_seconds 60
 "
