@@ -6,6 +6,7 @@ orbax writes checkpoints there by itself, with a file that says when one is comp
 
 import functools
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def _client() -> Callable[[str], Path]:
     gpath._is_tf_installed.cache_clear()  # it may have been asked already, and has no public name
     # What gcsfs calls experimental asks for the kind of a bucket whenever it does anything.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises too
     # What one process writes, the others see at once.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return Path

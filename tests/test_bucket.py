@@ -142,6 +142,21 @@ def test_what_cannot_be_is_one_message(store, config, tmp_path, monkeypatch):
         files.run_folder("gs://bucket/run")
 
 
+def test_a_bucket_that_takes_no_more_stops_the_run_and_it_goes_on(store, config, in_a_folder, monkeypatch):
+    def is_lost(name: str) -> bool:
+        store.is_denied |= name.startswith("runs/full/checkpoints/4/")
+        return False
+
+    monkeypatch.setattr(store, "is_lost", is_lost)
+    with pytest.raises(OSError, match="gs://bucket/runs/full.* cannot be written"):
+        train(config, "gs://bucket/runs/full")
+    monkeypatch.undo()
+    store.is_denied = False
+    assert "runs/full/checkpoints/4/commit_success.txt" not in store.objects
+    train(config, "gs://bucket/runs/full")
+    check_same("gs://bucket/runs/full", in_a_folder)
+
+
 def test_a_checkpoint_that_was_damaged_there_is_passed_over(store, config, in_a_folder, capsys):
     address = "gs://bucket/runs/damaged"
     train(config, address)
