@@ -14,7 +14,7 @@ from pushpull_jax import fit as fit_module
 from pushpull_jax.checkpoint import Checkpoints
 from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Mesh, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
-from pushpull_jax.detector import build_network, build_optimizer, initial_state
+from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
 from pushpull_jax.mesh import device_mesh, replicate
 from pushpull_jax.models.reconstructor import Reconstructor as Transformer
@@ -106,20 +106,24 @@ def config(tmp_path_factory) -> Config:
     )
 
 
-def test_a_fresh_state_is_born_on_all_devices(config):
-    """None of it goes from one device to another, and its bits are those of the state that is born on one."""
+def test_a_fresh_state_is_born_on_all_devices(config, monkeypatch):
+    """None of it but its key goes from one device to another, and its bits are those of a state born on one."""
     network, mesh = build_network(config), device_mesh(data=8)
-    one, first = initial_state(config, network), fit_module.first_state(config, network, None, None, mesh)
-    of_network = (network.reconstructor, build_optimizer(config)[0], (8, 8, sum(network.features.widths)))
-    key = replicate(jax.random.key(config.seed), mesh)
+
+    def replicate_key(key, mesh):
+        assert jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        with jax.transfer_guard_device_to_device("allow"):
+            return replicate(key, mesh)
+
+    monkeypatch.setattr("pushpull_jax.steps.replicate", replicate_key)
+    one = initial_state(config, network)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
-        born = init_state(key, *of_network, mesh=mesh)
+        several = fit_module.first_state(config, network, None, None, mesh)
         with pytest.raises(jax.errors.JaxRuntimeError, match="device-to-device"):
             replicate(one, mesh)
-    for leaf, other, expected in zip(*map(jax.tree.leaves, (first, born, one)), strict=True):
-        for several in (leaf, other):
-            assert several.sharding.is_fully_replicated and len(several.sharding.device_set) == 8
-            np.testing.assert_array_equal(several, expected)
+    for born, expected in zip(*map(jax.tree.leaves, (several, one)), strict=True):
+        assert born.sharding.is_fully_replicated and len(born.sharding.device_set) == 8
+        np.testing.assert_array_equal(born, expected)
 
 
 def test_a_run_on_all_devices_is_the_run_on_one(config, tmp_path):
