@@ -1,8 +1,8 @@
 """A server on this machine that answers as Google Cloud Storage does, as far as the clients of a run ask.
 
 gcsfs and google-cloud-storage find it by STORAGE_EMULATOR_HOST, tensorstore by TENSORSTORE_GCS_HTTP_URL. An object is
-there when all its bytes are, and has a generation that a request may demand: no emulator at hand keeps to that, and
-tensorstore, which writes the parts of a checkpoint, relies on it.
+there when all its bytes are, and has a generation that a request may demand: tensorstore, which writes the parts of a
+checkpoint, relies on that. What an emulator does not offer: objects can be lost, refused and damaged at a given moment.
 """
 
 import contextlib
