@@ -40,12 +40,13 @@ from pushpull_jax.grid import (
     compile_in_blocks,
     detect_rows,
     initial,
+    meshes_for,
     over_members,
     sum_moments,
     train_chunk,
 )
 from pushpull_jax.hosts import process_count
-from pushpull_jax.mesh import device_mesh, replicate, spread
+from pushpull_jax.mesh import replicate, replicate_memory, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
 from pushpull_jax.preemption import Preempted, sigterm_noted
@@ -216,11 +217,12 @@ def _run_group(
     losses = frozenset(member.config.training.loss == "push_pull" for member in members)
     is_jittered = any(member.config.training.jitter for member in members)
     traits = Traits(network, is_jittered, losses, config.supervision.by_stage)
-    mesh = device_mesh(grid=config.mesh.grid)
-    features = replicate(bank.features, mesh)
+    meshes = meshes_for(len(members), wanted=config.mesh.grid)
+    mesh = meshes[0]
+    features = replicate_memory(bank.features, mesh)
     settings, states = _first(traits, bank, members, mesh)
     inside = folder / f"group_{number}"
-    states, losses_by_step = _train(traits, members, states, settings, features, mesh, inside)
+    states, losses_by_step = _train(traits, members, states, settings, features, meshes, inside)
     parameters, standardisations = jax.device_get((states.parameters, settings.standardisation))
     score = _Scoring(traits, mesh, features)
     size = mesh.shape["grid"]
@@ -301,7 +303,7 @@ def _stacked(trees: list) -> Any:
 
 
 def _train(
-    traits: Traits, members: list[Member], states: State, settings: Settings, features: Any, mesh: Any, folder: Path
+    traits: Traits, members: list[Member], states: State, settings: Settings, features: Any, meshes: list, folder: Path
 ) -> tuple[State, list]:
     """Train to the last step, from the newest checkpoint on; the states, and pairs of step and losses [M]."""
     config = members[0].config
@@ -311,19 +313,22 @@ def _train(
     with sigterm_noted() as notice, saved as checkpoints:
         step = checkpoints.latest or 0
         try:
-            states = _spread(checkpoints.restore(states, step=step), mesh) if step else states
+            states = _spread(checkpoints.restore(states, step=step), meshes[0]) if step else states
         except InputError as error:
             say(f"{error}; {folder.name} is trained anew")
             checkpoints.discard_after(step := 0)
         rows = [row for row in files.read_lines(log) if row["step"] <= step]
         files.write_lines(log, rows)
-        program = None if step == steps else _compile_training(traits, states, settings, features, mesh, size, config)
+        if step < steps:
+            program = _compile_training(traits, states, settings, features, meshes, size, config)
+            states, settings = _spread((states, settings), program.mesh)
+            features = replicate(features, program.mesh)
         bar = progress_bar(desc=folder.name, total=steps, initial=step, unit="step")
         with bar, files.Log(log, rows) as written:
             while step < steps:
                 last = min((step // size + 1) * size, steps)
                 drawn = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
-                indices = _spread(np.stack(drawn + drawn[:1] * (count - len(drawn))), mesh)
+                indices = _spread(np.stack(drawn + drawn[:1] * (count - len(drawn))), program.mesh)
                 states, told = program.run(states, (settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 written.add({"step": last, "loss": losses.tolist()})
@@ -346,12 +351,11 @@ def _train(
 
 
 def _compile_training(
-    traits: Traits, states: State, settings: Settings, features: Any, mesh: Any, size: int, config: Config
+    traits: Traits, states: State, settings: Settings, features: Any, meshes: list, size: int, config: Config
 ) -> Compiled:
-    shape = (len(settings.seed), size, config.training.batch_size)
-    indices = _spread(np.zeros(shape, np.int32), mesh)
+    indices = np.zeros((len(settings.seed), size, config.training.batch_size), np.int32)
     function = functools.partial(train_chunk, traits)
-    program = compile_in_blocks(function, mesh, states, (settings, indices), features)
+    program = compile_in_blocks(function, meshes, states, (settings, indices), features)
     say(program.reason)
     return program
 

@@ -239,6 +239,10 @@ def ablate(arguments: list[str]) -> None:
         _check_data(run, f"pushpull ablate: expected --data.{{}}, which {arguments[0]} leaves open")
 
     _enable_compilation_cache()
+    from pushpull_jax.data.pipeline import cores
+    from pushpull_jax.mesh import divide_cpu
+
+    divide_cpu(cores())  # a member on each core is faster than all cores on one
     from pushpull_jax.ablation import ablate
     from pushpull_jax.ablation_report import summarise, text_table
 

@@ -244,7 +244,7 @@ class Mesh:
     data: int = 1
     """Devices that share each batch of a training; -1: all."""
     grid: int = -1
-    """Devices that share the members of an ablation; -1: all."""
+    """Devices that share the members of an ablation; -1: all, on CPU the most that divide them and fit its memory."""
 
 
 @dataclass(frozen=True)

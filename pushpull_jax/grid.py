@@ -6,16 +6,17 @@ blocks: a loop over blocks of m members, each block one `vmap`, and the members 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pushpull_jax.detector import Network, detect_features
 from pushpull_jax.features import Standardisation
+from pushpull_jax.mesh import device_mesh
 from pushpull_jax.objectives import push_pull, squared
 from pushpull_jax.resources import free_memory, needed_memory
 from pushpull_jax.steps import (
@@ -176,37 +177,75 @@ class Compiled(NamedTuple):
     """A program over members that is compiled, and why it computes so many of them at a time."""
 
     run: Callable
+    mesh: Mesh
     block: int
     reason: str
 
 
-def compile_in_blocks(function: Callable, mesh: Mesh, states: Any, members: Any, shared: Any) -> Compiled:
-    """Compile `advance_members`, which may overwrite the states, with blocks that fit the memory by XLA's own account.
+def meshes_for(members: int, *, wanted: int) -> list[Mesh]:
+    """The meshes that may train some members, to be tried in this order.
+
+    Devices of a CPU share its cores: as many are taken as divide the members, since a filler costs what a member does.
+    They share its memory too, which may hold fewer members at a time.
+
+    Args:
+        members: how many there are, 1 or more.
+        wanted: devices along "grid"; -1 leaves it to this function.
+    """
+    if wanted != -1 or jax.default_backend() != "cpu":
+        return [device_mesh(grid=wanted)]
+    most = min(members, jax.device_count())
+    return [device_mesh(grid=count) for count in range(most, 0, -1) if members % count == 0]
+
+
+def compile_in_blocks(function: Callable, meshes: Sequence[Mesh], states: Any, members: Any, shared: Any) -> Compiled:
+    """Compile `advance_members`, which may overwrite the states, to fit the memory by XLA's own account.
 
     Args:
         function: (state and arguments of one member, shared arguments) -> state and result.
-        mesh: see `advance_members`.
+        meshes: see `meshes_for`; the first is taken on whose devices a block fits, otherwise the last.
         states: stacked states, or their shapes.
         members: stacked arguments, or their shapes.
         shared: shared arguments, or their shapes.
     """
-    each = jax.tree.leaves(states)[0].shape[0] // mesh.shape["grid"]
-    free, whose = free_memory(mesh.devices.flat[0])
-    budget = MEMORY_SHARE * free
+    for mesh in meshes:
+        free, whose = free_memory(mesh.devices.flat[0], devices=mesh.size)
+        budget, each = MEMORY_SHARE * free, NamedSharding(mesh, P("grid"))
+        shapes = _shapes(states, each), _shapes(members, each), _shapes(shared, NamedSharding(mesh, P()))
+        program, block, need = _fitted(function, mesh, budget, shapes)
+        if need <= budget:
+            break
+    count = jax.tree.leaves(states)[0].shape[0]
+    where = f"{count} members on {mesh.size} of {jax.device_count()} devices"
+    if mesh is not meshes[0]:
+        where += ", since more do not fit the memory"
+    elif mesh.size == largest_block(count, jax.device_count()) < jax.device_count():
+        where += ", the most that divide them"
+    said = f"{need / 2**30:.2f} GB of {budget / 2**30:.1f} GB ({MEMORY_SHARE:.0%} of {whose})"
+    return Compiled(
+        program, mesh, block, f"{where}: {count // mesh.size} on each, {block} at a time, which need {said}"
+    )
+
+
+def _fitted(function: Callable, mesh: Mesh, budget: float, shapes: tuple) -> tuple[Callable, int, int]:
+    """The program with the largest block that fits, or with one of 1, its block, and the bytes it needs on a device."""
+    each = jax.tree.leaves(shapes)[0].shape[0] // mesh.shape["grid"]
     block = largest_block(each, START.get(mesh.devices.flat[0].platform, 8))
     while True:
         advance = jax.jit(advance_members(function, mesh, block=block), donate_argnums=0)
-        compiled = advance.lower(states, members, shared).compile()
+        compiled = advance.lower(*shapes).compile()
         need = needed_memory(compiled)
         # Temporary memory grows with the block; what is passed in and out does not.
         fitting = largest_block(each, max(1, int(block * budget / need)) if need > budget else block)
         if fitting >= block:
-            break
+            return compiled, block, need
         block = fitting
-    said = f"{need / 2**30:.2f} GB of {budget / 2**30:.1f} GB ({MEMORY_SHARE:.0%} of {whose})"
-    return Compiled(compiled, block, f"{each} members a device, {block} at a time: they need {said}")
+
+
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def largest_block(each: int, most: int) -> int:
-    """The largest divisor of the members a device has that is at most `most`."""
+    """The largest divisor of some members that is at most `most`."""
     return next(block for block in range(min(each, most), 0, -1) if each % block == 0)

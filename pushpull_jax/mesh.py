@@ -3,6 +3,7 @@
 Arrays are placed by the leading axis that is spread; what every device needs is replicated.
 """
 
+import contextlib
 import os
 from typing import Any
 
@@ -14,6 +15,14 @@ from jax.sharding import PartitionSpec as P
 from pushpull_jax.errors import InputError
 
 AXES = ("grid", "data")
+
+
+def divide_cpu(count: int) -> None:
+    """Let the CPU be `count` devices, unless the user has said how many, or jax has begun to compute."""
+    is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices == -1 and not is_told:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
@@ -70,6 +79,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
 
     return jax.tree.map(place, tree)
+
+
+def replicate_memory(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The same on every device of one process; devices of a CPU read the same memory, which is a copy."""
+    if mesh.devices.flat[0].platform == "cpu":
+        # What jax has allocated is aligned as it wants it, and then not copied once more for each device.
+        array = np.asarray(jax.device_put(array, mesh.devices.flat[0]))
+    return replicate(array, mesh)
 
 
 def on_one_device(tree: Any) -> Any:

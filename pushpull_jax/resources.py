@@ -51,12 +51,17 @@ def saying_memory(program: Callable, *, what: str) -> Callable:
     return call
 
 
-def free_memory(device: jax.Device) -> tuple[int, str]:
-    """Bytes that are free for a device, and whose they are; fake devices of a CPU share the machine's."""
+def free_memory(device: jax.Device, *, devices: int | None = None) -> tuple[int, str]:
+    """Bytes that are free for a device, and whose they are.
+
+    Args:
+        device: of this process.
+        devices: so many of a CPU share the machine's memory; None: all that it is divided into.
+    """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0), "the device's free memory"
-    return free_host_memory() // len(jax.local_devices()), "the machine's free memory, by device"
+    return free_host_memory() // (devices or len(jax.local_devices())), "the machine's free memory, by device"
 
 
 def free_host_memory(*, root: Path = Path("/")) -> int:

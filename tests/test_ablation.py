@@ -20,6 +20,7 @@ from pushpull_jax.config import (
     Data,
     Features,
     Log,
+    Mesh,
     Reconstructor,
     Scoring,
     Supervision,
@@ -32,6 +33,7 @@ from pushpull_jax.config import (
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.errors import InputError
 from pushpull_jax.mesh import device_mesh, replicate, spread
+from pushpull_jax.resources import needed_memory
 from pushpull_jax.training import train
 
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
@@ -64,13 +66,13 @@ def config(root) -> Config:
 
 @pytest.fixture(scope="module")
 def ablation(config) -> Ablation:
-    """Everything that may differ within one program: 20 members, which do not divide the 8 devices."""
+    """Everything that may differ within one program: 20 members, which 8 devices do not divide."""
     vary = {
         "data.category": ("flange", "other"),
         "supervision.alpha": (0.003, 0.3),
         "seed": (0, 1, 2, 3, 4),
     }
-    return Ablation(config, vary)
+    return Ablation(replace(config, mesh=Mesh(grid=8)), vary)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def finished(ablation, tmp_path_factory) -> tuple[Path, list[dict], int]:
 @pytest.fixture
 def one_device(monkeypatch):
     """Compiling for eight takes as many times as long, and most of it goes into programs that run a few times."""
-    monkeypatch.setattr(ablation_module, "device_mesh", lambda **_: device_mesh())
+    monkeypatch.setattr(ablation_module, "meshes_for", lambda *_, **__: [device_mesh()])
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -220,13 +222,38 @@ def test_the_block_is_what_fits_the_memory(monkeypatch):
     monkeypatch.setattr(grid, "START", {"cpu": 6})
     for budget in (0.2, 0.8, 100):
         free = budget * 4 * one / grid.MEMORY_SHARE
-        monkeypatch.setattr(grid, "free_memory", lambda _, free=free: (free, "a test"))
+        monkeypatch.setattr(grid, "free_memory", lambda *_, free=free, **__: (free, "a test"))
         states = spread(np.ones((12, 256), np.float32), mesh, "grid")
-        program = grid.compile_in_blocks(outer, mesh, states, (), replicate(np.float32(1), mesh))
+        program = grid.compile_in_blocks(outer, [mesh], states, (), replicate(np.float32(1), mesh))
         chosen[budget] = program.block
         assert f"{program.block} at a time" in program.reason and "a test" in program.reason
         assert program.run(states, (), replicate(np.float32(1), mesh))[0].shape == (12, 256)
     assert chosen[0.2] == 1 and chosen[100] == 6 and 1 <= chosen[0.8] < 6
+
+
+def test_devices_of_a_cpu_are_those_that_divide_the_members():
+    counts = {(members, wanted): [mesh.size for mesh in grid.meshes_for(members, wanted=wanted)]
+              for members, wanted in ((20, -1), (7, -1), (11, -1), (20, 8), (20, 3))}  # fmt: skip
+    assert counts == {(20, -1): [5, 4, 2, 1], (7, -1): [7, 1], (11, -1): [1], (20, 8): [8], (20, 3): [3]}
+
+
+@pytest.mark.parametrize(
+    ("fitting", "devices", "why"),
+    [(100, 6, ", the most that divide them"), (2.5, 2, ", since more do not fit"), (0.1, 1, ", since more do not fit")],
+)
+def test_as_many_devices_of_a_cpu_as_the_memory_holds_members(monkeypatch, fitting, devices, why):
+    """The memory that devices share is that of so many members."""
+
+    def outer(member, shared):
+        square = member[0][:, None] * member[0][None, :]
+        return member[0] + shared, jax.numpy.sort(square, axis=1)[:, 0].sum()
+
+    alone = grid.compile_in_blocks(outer, [device_mesh()], np.ones((6, 256), np.float32), (), np.float32(1))
+    need = needed_memory(alone.run)
+    monkeypatch.setattr(grid, "free_memory", lambda _, *, devices: (fitting * need / grid.MEMORY_SHARE / devices, "it"))
+    meshes = grid.meshes_for(6, wanted=-1)
+    program = grid.compile_in_blocks(outer, meshes, np.ones((6, 256), np.float32), (), np.float32(1))
+    assert program.mesh.size == devices and f"6 members on {devices} of 8 devices{why}" in program.reason
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Mesh, R
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
-from pushpull_jax.mesh import device_mesh, replicate
+from pushpull_jax.mesh import device_mesh, divide_cpu, replicate, replicate_memory
 from pushpull_jax.models.reconstructor import Reconstructor as Transformer
 from pushpull_jax.objectives import squared
 from pushpull_jax.steps import init_state, make_chunk, make_optimizer, make_step, training_apply
@@ -213,6 +216,32 @@ def test_nothing_is_transferred_unasked_in_the_loop(config, tmp_path, monkeypatc
 def test_a_mesh_that_cannot_be_is_one_message(wanted, expected):
     with pytest.raises(InputError, match=expected):
         device_mesh(**wanted)
+
+
+def test_devices_of_a_cpu_read_the_same_memory():
+    array = np.arange(2.0**12)
+    shared = replicate_memory(array, device_mesh(grid=8))
+    assert len({shard.data.unsafe_buffer_pointer() for shard in shared.addressable_shards}) == 1
+    np.testing.assert_array_equal(shared, array)
+    array[:] = 0  # the caller's own
+    assert shared[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2), ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4)],
+)
+def test_the_cpu_is_divided_where_nobody_has_said_how(environment, expected):
+    code = "from pushpull_jax.mesh import divide_cpu; divide_cpu(3); import jax; print(jax.device_count())"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=os.environ | {"XLA_FLAGS": ""} | environment, check=True, stdout=subprocess.PIPE)
+    assert int(done.stdout) == expected
+
+
+def test_a_cpu_that_computes_is_not_divided(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    divide_cpu(3)
+    assert jax.device_count() == 8
 
 
 def test_a_mesh_takes_all_devices_that_are_left():
