@@ -46,7 +46,7 @@ from pushpull_jax.grid import (
     train_chunk,
 )
 from pushpull_jax.hosts import process_count
-from pushpull_jax.mesh import replicate, replicate_memory, spread
+from pushpull_jax.mesh import device_mesh, replicate, replicate_memory, spread
 from pushpull_jax.models.nearest import NearestNeighbour
 from pushpull_jax.objectives import stage_levels
 from pushpull_jax.preemption import Preempted, sigterm_noted
