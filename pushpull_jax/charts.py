@@ -269,7 +269,8 @@ def _decade_axis(low: float, high: float, span: tuple[float, float]) -> _Axis:
     """An axis of log10 values with a tick at powers of ten, at most seven of them."""
     first, last = math.floor(low), math.ceil(high)
     powers = range(first, last + 1, math.ceil((last - first) / 6))
-    return _Axis(first, last, span, [(power, f"{10.0**power:g}") for power in powers])
+    texts = [f"{10.0**power:g}" if abs(power) < 4 else f"1e{power}" for power in powers]
+    return _Axis(first, last, span, list(zip(powers, texts, strict=True)))
 
 
 def _segment(kind: str, start: tuple[float, float], stop: tuple[float, float]) -> str:

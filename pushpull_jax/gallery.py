@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pushpull_jax import heatmap
-from pushpull_jax.page import escape
+from pushpull_jax.page import escape, four_digits
 
 LIMIT = 200  # images; whole categories of the usual data sets
 BUDGET = 12_000_000  # bytes of the file; 200 photographs take 3 to 8 million
@@ -173,7 +173,7 @@ def _item(case: Case, own: Verdict, margin: float, map_threshold: float) -> str:
     data = " ".join(f'data-{name}="{escape(value)}"' for name, value in about.items())
     photograph = f'<img src="{_source(image, "WEBP", quality=80)}" alt="{escape(case.key)}">'
     shown = f'<span class="stage">{photograph}<canvas {sources}></canvas></span>'
-    line = f'<span class="line"><b class="{own.kind}">{own.sign}</b> <span>{case.score:.4g}</span></span>'
+    line = f'<span class="line"><b class="{own.kind}">{own.sign}</b> <span>{four_digits(case.score)}</span></span>'
     kind = f'<span class="soft">{escape(case.defect_type)}</span>'
     return f'<li class="case" {data}><button type="button">{shown}{line}{kind}</button></li>'
 

@@ -43,6 +43,11 @@ def escape(value: object) -> str:
     return html.escape(str(value))
 
 
+def four_digits(value: float) -> str:
+    """A number with four significant digits, zeros among them, as the scripts of pages write it: 6.410."""
+    return f"{value:#.4g}".removesuffix(".")
+
+
 def absent(reason: str) -> str:
     """What stands in for something that is not there, and why it is not."""
     return f'<p class="missing">&ndash; {escape(reason)}</p>'

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pushpull_jax import bootstrap, charts, gallery, heatmap, metrics
 from pushpull_jax.gallery import Case, verdict
-from pushpull_jax.page import absent, escape, pair_rows, write_page
+from pushpull_jax.page import absent, escape, four_digits, pair_rows, write_page
 
 _IMAGE_METRICS = {
     "image_auroc": ("AUROC", "chance that a defective image scores higher than a normal one; 50% is guessing"),
@@ -94,9 +94,9 @@ def _measured(report: Report, labels: np.ndarray, alarms: np.ndarray) -> dict[st
         "pixel_cards": _cards(report, _PIXEL_METRICS, undefined["pixel"]),
         "intervals": _about_intervals(report),
         "verdicts": _verdict_rows(labels, alarms),
-        "threshold": f"{report.threshold:.4g}",
+        "threshold": four_digits(report.threshold),
         "rate": f"{100 * report.false_positive_rate:.3g}%",
-        "note": escape(report.threshold_note),
+        "note": escape(report.threshold_note.removesuffix(".")),
         "roc": _roc_chart(report.roc, labels, alarms) or absent(undefined["image"]),
         "pro": _pro_chart(report.pro, report.pro_limit) or absent(undefined["pixel"]),
         "pro_limit": f"{100 * report.pro_limit:.3g}%",
@@ -235,8 +235,9 @@ def _type_rows(labels: np.ndarray, scores: np.ndarray, types: np.ndarray, alarms
         kind = "anomalous" if label else "normal"
         rect = f'<rect class="{kind}" width="{100 * rate:.1f}" height="9"></rect>'
         bar = f'<svg class="bar" viewBox="0 0 100 9" aria-hidden="true">{rect}</svg> {_percent(rate)}'
-        cells = (f"{np.count_nonzero(own)}", f"{scores[own].mean():.4g}", bar, area)
-        head = f'<th scope="row"><i class="dot {kind}"></i>{escape(name)}</th>'
+        cells = (f"{np.count_nonzero(own)}", four_digits(scores[own].mean()), bar, area)
+        # On a phone a long name is broken after an underscore.
+        head = f'<th scope="row"><i class="dot {kind}"></i>{escape(name).replace("_", "_<wbr>")}</th>'
         rows.append(f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return "\n".join(rows)
 

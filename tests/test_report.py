@@ -157,9 +157,9 @@ def test_verdicts_are_counted_by_hand(tmp_path):
 def test_kinds_of_defects_by_hand(tmp_path):
     # dent: 1.5, 3, 0.7 against 0.5, 1, 2, 2.5: of 12 pairs 2 + 4 + 1 = 7 are in order; stain: all 8 of 8.
     rows = [[cell.strip() for cell in row] for row in Reader(written(tmp_path)).rows]
-    assert ["good", "4", "1.5", "25.0%", "\u2013"] in rows
+    assert ["good", "4", "1.500", "25.0%", "\u2013"] in rows
     assert ["dent", "3", "1.733", "33.3%", "58.3%"] in rows
-    assert ["stain", "2", "6.5", "100.0%", "100.0%"] in rows
+    assert ["stain", "2", "6.500", "100.0%", "100.0%"] in rows
 
 
 @pytest.mark.parametrize(
