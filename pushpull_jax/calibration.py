@@ -41,14 +41,16 @@ class Threshold(NamedTuple):
 
     @property
     def note(self) -> str:
-        """The promise in words."""
+        """The promise in words, and how well so many images keep it."""
         images, rate = f"{self.n} held-out normal images", f"{self.false_positive_rate:.1%}"
+        low, high = self.interval()
+        spread = f"so many leave it between {low:.1%} and {high:.1%}, with a confidence of 95%"
         if self.reachable > self.false_positive_rate:
             return (
                 f"{images} cannot promise a false-positive rate of {rate}; the lowest they can is "
-                f"{self.reachable:.1%}, which this threshold, the largest of their scores, has"
+                f"{self.reachable:.1%}, which this threshold, the largest of their scores, has; {spread}"
             )
-        return f"At most {rate} of normal images score above it, by {images}"
+        return f"At most {rate} of normal images score above it, by {images}; {spread}"
 
 
 def conformal_threshold(scores: np.ndarray, *, false_positive_rate: float) -> Threshold:

@@ -56,6 +56,10 @@ CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adt
 _Workdir = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
+_Run = tyro.conf.Positional[_Workdir]
+_Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGES...")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a detector and evaluate it; a run that was stopped goes on."""
@@ -69,7 +73,7 @@ class Train:
 class Evaluate:
     """Evaluate a finished run on the test images of its category: metrics.json, predictions.csv, report.html."""
 
-    workdir: tyro.conf.Positional[_Workdir]
+    workdir: _Run
     """Folder of the run."""
     root: Path | None = None
     """Where the data are now, if they have moved since the run was trained."""
@@ -81,11 +85,11 @@ class Predict:
 
     The same command goes on where it was stopped."""
 
-    workdir: tyro.conf.Positional[_Workdir]
+    workdir: _Run
     """Folder of the run."""
     output: Path
     """Folder that is written to; it belongs to the run, its thresholds and the options below."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    images: tyro.conf.Positional[_Images] = ()
     """Image files, and folders that are searched for images at any depth."""
     threshold: float | None = None
     """Scores above it are anomalous; by default that of the run."""
@@ -109,9 +113,9 @@ class Predict:
 class Calibrate:
     """Fit the thresholds of a finished run to other normal images, without training."""
 
-    workdir: tyro.conf.Positional[_Workdir]
+    workdir: _Run
     """Folder of the run."""
-    normals: tuple[Path, ...]
+    normals: _Images
     """Image files, and folders that are searched for images at any depth: all normal, none trained on."""
     fpr: float = 0.05
     """False-positive rate: share of normal images that may be called anomalous."""
@@ -123,7 +127,7 @@ class Calibrate:
 class Export:
     """Export a finished run to one folder that runs elsewhere: a jax.export artefact, weights, model card, example."""
 
-    workdir: tyro.conf.Positional[_Workdir]
+    workdir: _Run
     """Folder of the run."""
     output: Path
     """Folder that is made, whole or not at all. One that exists is refused, but for --verify of an export."""
@@ -152,7 +156,7 @@ class Ablate:
 class Serve:
     """Serve a finished run by HTTP until SIGTERM: POST /predict, and a page at / to drop images on."""
 
-    workdir: tyro.conf.Positional[_Workdir]
+    workdir: _Run
     """Folder of the run."""
     port: int = 8000
     """Port; 0 takes any that is free."""
@@ -170,7 +174,7 @@ class Serve:
 class Inspect:
     """Look at a data set before training: what it holds, and what is wrong with it; exit code 1 where errors are."""
 
-    root: tyro.conf.Positional[Path]
+    root: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ROOT")]
     """Folder of the data, of one category, or a table (.csv, .jsonl)."""
     source: Source | None = None
     """Its layout, as data.source has it; by default it is told by the names of folders, where only one fits."""
@@ -354,9 +358,8 @@ def calibrate(arguments: list[str]) -> None:
 
     result = calibrate(chosen.workdir, chosen.normals, false_positive_rate=chosen.fpr, tile=chosen.tile)
     fitted = result.threshold
-    low, high = fitted.interval()
     print(f"threshold {fitted.value:.4g} for images, {result.map_threshold:.4g} for pixels, by n = {fitted.n}")
-    print(f"{fitted.note}; between {low:.1%} and {high:.1%} of all normal images do, with a confidence of 95 %")
+    print(fitted.note)
     print(f"`pushpull evaluate {chosen.workdir}` counts its verdicts anew")
     _raise_unreadable(result.unreadable)
 
