@@ -54,8 +54,6 @@ CONFIG is a Python file or the name of a shipped config: quick, quick_masks, adt
 
 # Not a path, which would take a slash from gs://BUCKET/FOLDER.
 _Workdir = Annotated[str, tyro.conf.arg(metavar="DIR")]
-
-
 _Run = tyro.conf.Positional[_Workdir]
 _Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGES...")]
 

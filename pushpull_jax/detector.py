@@ -306,8 +306,7 @@ def load(workdir: str | os.PathLike, *, reconstructor: nn.Module | None = None) 
     """
     folder = files.run_folder(workdir)
     find_backbone(files.read_config(folder)[0].features.backbone)
-    if not (folder / files.THRESHOLD).is_file():
-        raise InputError(f"workdir {folder}: the run is not finished; the command that started it goes on with it")
+    files.check_finished(folder)
     config, network = read_network(folder, reconstructor=reconstructor)
     tree = load_frozen(folder, network) | _read_thresholds(folder / files.THRESHOLD)
     tree |= {

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 30.0  # some hundred lines an hour
-_LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+_LINE = "{desc}:{unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_noinv_fmt}{postfix}"
 
 
 def progress_bar(iterable: Iterable | None = None, *, desc: str, total: int, unit: str, initial: int = 0) -> Any:
@@ -24,11 +24,12 @@ def progress_bar(iterable: Iterable | None = None, *, desc: str, total: int, uni
         unit: name of one.
         initial: units that were done before.
     """
-    options = {"desc": desc, "total": total, "unit": unit, "initial": initial}
+    options = {"desc": desc, "total": total, "initial": initial}
     if sys.stderr.isatty():
-        return tqdm(iterable, **options, file=sys.stderr)
+        return tqdm(iterable, **options, unit=unit, file=sys.stderr)
     # With miniters, tqdm asks the clock at every update, and no thread of its own looks after the bar.
-    return tqdm(iterable, **options, file=_Lines(), bar_format=_LINE, mininterval=SECONDS, miniters=1)
+    # The space of the unit stands between it and its rate.
+    return tqdm(iterable, **options, unit=f" {unit}", file=_Lines(), bar_format=_LINE, mininterval=SECONDS, miniters=1)
 
 
 def say(message: str) -> None:
@@ -40,10 +41,10 @@ def say(message: str) -> None:
 
 
 class _Lines:
-    """A file for tqdm, which draws a bar over itself: what it draws becomes a line on stderr."""
+    """A file for tqdm, which draws a bar over itself and pads its numbers: what it draws becomes a line on stderr."""
 
     def write(self, drawn: str) -> None:
-        if line := drawn.strip():
+        if line := " ".join(drawn.split()):
             print(line, file=sys.stderr)
 
     def flush(self) -> None:

@@ -54,10 +54,7 @@ def read_start(config: Config, reconstructor: nn.Module | None) -> Start:
     if not files.is_run(folder):
         raise InputError(f"training.start {folder} is not a run: it has no {files.CONFIG}")
     there, network = read_network(folder, reconstructor=reconstructor)
-    if not (folder / files.THRESHOLD).is_file():
-        raise InputError(
-            f"training.start {folder}: the run is not finished; the command that started it goes on with it"
-        )
+    files.check_finished(folder, called="training.start")
     theirs, ours = flatten(there), flatten(config)
     differing = [name for name in ours if ours[name] != theirs[name] and not name.startswith(_MAY_DIFFER_FROM_START)]
     if differing:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 import uuid
 from collections.abc import Iterable
@@ -185,6 +186,25 @@ def read_config(workdir: Path) -> tuple[Config, dict[str, Any]]:
     config = from_dict(values.pop("config"), source=str(workdir / CONFIG))
     check(config, source=str(workdir / CONFIG))
     return config, values
+
+
+def check_finished(workdir: Path, *, called: str = "workdir") -> None:
+    """Raise where a run has no detector yet.
+
+    Args:
+        workdir: folder of a run.
+        called: what the user gave it as.
+
+    Raises:
+        InputError: it has not; the message tells the command that goes on with it.
+    """
+    if (workdir / THRESHOLD).is_file():
+        return
+    command = shlex.join(read_config(workdir)[1].get("command", []))
+    raise InputError(
+        f"{called} {workdir}: the run is not finished; the command that started it goes on with it"
+        + (f": {command}" if command else "")
+    )
 
 
 def write_config(workdir: Path, config: Config, **rest: Any) -> None:

@@ -306,7 +306,10 @@ def test_load_where_there_is_no_run(tmp_path):
     with pytest.raises(InputError, match="is not a run: it has no config.json"):
         load(tmp_path)
     files.write_config(tmp_path, CONFIG)
-    with pytest.raises(InputError, match="the run is not finished"):
+    with pytest.raises(InputError, match="the run is not finished; the command that started it goes on with it$"):
+        load(tmp_path)
+    files.write_config(tmp_path, CONFIG, command=["pushpull", "train", "my parts.py"])
+    with pytest.raises(InputError, match="goes on with it: pushpull train 'my parts.py'$"):
         load(tmp_path)
     files.write_config(tmp_path, replace(CONFIG, features=replace(CONFIG.features, backbone="tyni")))
     with pytest.raises(InputError, match=r"no backbone 'tyni'; did you mean tiny\?"):

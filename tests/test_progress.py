@@ -33,7 +33,7 @@ def test_a_log_has_a_line_at_most_every_interval_and_those_of_start_and_end(monk
     assert "\r" not in text and lines[-2] == "it is done"
     del lines[-2]
     assert [int(re.match(r"training: step (\d) of 8, ", line)[1]) for line in lines] == counts
-    assert re.search(r", 00:0\d gone, 00:00 left, .*step.*, loss=0.1$", lines[-1])
+    assert re.search(r", 00:0\d gone, 00:00 left, [\d.]+ step/s, loss=0.1$", lines[-1])
 
 
 def test_a_log_of_what_is_gone_through(monkeypatch):

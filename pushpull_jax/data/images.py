@@ -420,7 +420,7 @@ def _check_png(data: bytes) -> None:
         name = kind.decode("latin-1")
         end = position + 12 + length
         if end > len(data):
-            raise ValueError(f"truncated: ends within its {name} chunk at byte {position}")
+            raise ValueError(f"truncated: ends within its {name} chunk, which begins at byte {position}")
         (checksum,) = struct.unpack_from(">I", data, end - 4)
         if kind[:1].isupper() and zlib.crc32(view[position + 4 : end - 4]) != checksum:
             raise ValueError(f"damaged: wrong checksum of its {name} chunk at byte {position}")
