@@ -27,6 +27,7 @@ def run_demo(workdir: Path) -> dict:
     config = replace(config, data=replace(config.data, root=str(root), category=folder.name))
     result = train(config, workdir, command=["pushpull", "demo", "--workdir", str(workdir)])
     print_beside(result, trivial_metrics(read_mvtec_ad(root, folder.name), config.data.image_size))
+    print(f"report: {workdir / 'report.html'}")
     return result
 
 
