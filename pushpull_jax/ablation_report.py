@@ -214,6 +214,9 @@ def _lead(rows: Sequence[Row], summary: Sequence[Row]) -> str:
     if not defined or len(_by_data(summary)) > 1:
         return size
     top = max(defined, key=lambda line: line["mean"]["image_auroc"])
+    alike = sum(_percent(line["mean"]["image_auroc"]) == _percent(top["mean"]["image_auroc"]) for line in defined)
+    if alike > 1:
+        return f"{size} Highest image AUROC: {_percent(top['mean']['image_auroc'])}% at {alike} settings alike."
     where = f" at {escape(_described(top['settings']))}" if top["settings"] and len(summary) > 1 else ""
     return f"{size} {'Highest image' if where else 'Image'} AUROC: {_score(top, 'image_auroc')}%{where}."
 

@@ -119,7 +119,7 @@ def step_chart(name: str, steps: Sequence[float], values: Sequence[float]) -> st
         An <svg> element.
     """
     (x, y), (line,) = _step_axes([_thinned(steps, values)])
-    return _svg(name, x, y, ("step", name), [_path("curve", *line)])
+    return _svg(name, x, y, ("step", name), [_steps("curve", *line)])
 
 
 def steps_chart(name: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]], *, hints: Sequence[str]) -> str:
@@ -134,7 +134,7 @@ def steps_chart(name: str, curves: Sequence[tuple[Sequence[float], Sequence[floa
         An <svg> element.
     """
     (x, y), lines = _step_axes([_thinned(*curve) for curve in curves])
-    shapes = [_path("member", *line, hint=hint) for line, hint in zip(lines, hints, strict=True)]
+    shapes = [_steps("member", *line, hint=hint) for line, hint in zip(lines, hints, strict=True)]
     return _svg(name, x, y, ("step", name), shapes)
 
 
@@ -148,8 +148,9 @@ def setting_chart(
 ) -> str:
     """Draw a metric of several runs against one of their settings: a dot a run, a bar at the mean of several.
 
-    Finite numbers lie on a linear axis, or a logarithmic one where all are positive and the largest is 30 times the
-    smallest or more, and a line joins their means; anything else lies side by side in the order of first appearance.
+    Finite numbers lie on a linear axis, or a logarithmic one where none is negative and the largest is 30 times the
+    smallest above 0 or more, a 0 lying before that one by the mean distance of two; a line joins their means. Anything
+    else lies side by side in the order of first appearance.
 
     Args:
         name: the metric; also the title of the vertical axis, which spans at least one percent.
@@ -227,8 +228,11 @@ def _setting_axis(settings: Sequence[float | str]) -> tuple[np.ndarray, _Axis, f
     places = np.arange(len(distinct), dtype=np.float64)
     if numeric:
         places = np.array(distinct, np.float64)
-        if places[0] > 0 and places[-1] >= _LOG_RATIO * places[0]:
-            places = np.log10(places)
+        positive = places[places > 0]
+        if places[0] >= 0 and positive.size > 1 and positive[-1] >= _LOG_RATIO * positive[0]:
+            logarithms = np.log10(positive)
+            zero = logarithms[0] - (logarithms[-1] - logarithms[0]) / (positive.size - 1)
+            places = np.append([zero] * (places.size - positive.size), logarithms)
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in distinct]
     margin = (0.06 if numeric else 0.5 / max(len(distinct) - 1, 1)) * (places[-1] - places[0]) or 0.5
     axis = _Axis(places[0] - margin, places[-1] + margin, (_LEFT, _RIGHT), [])
@@ -282,6 +286,14 @@ def _path(kind: str, x: np.ndarray, y: np.ndarray, *, hint: str = "") -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     title = f"<title>{html.escape(hint)}</title>" if hint else ""
     return f'<polyline class="{kind}" points="{points}">{title}</polyline>'
+
+
+def _steps(kind: str, x: np.ndarray, y: np.ndarray, *, hint: str = "") -> str:
+    """A quantity over the steps: a line, or a dot where it was logged once."""
+    if x.size > 1:
+        return _path(kind, x, y, hint=hint)
+    title = f"<title>{html.escape(hint)}</title>" if hint else ""
+    return f'<circle class="{kind}" cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="4">{title}</circle>'
 
 
 def _svg(name: str, x: _Axis, y: _Axis, titles: tuple[str, str], shapes: list[str], *, slant: float = 0.0) -> str:

@@ -197,6 +197,11 @@ def test_page_shows_the_summary(tmp_path):
     assert ["command", "pushpull ablate x"] in reader.rows
 
 
+def test_no_setting_of_several_alike_is_called_the_highest(tmp_path):
+    rows = [row(i, {"supervision.alpha": alpha, "seed": 0}, (1.0, 0.5, 0.5)) for i, alpha in enumerate((0.1, 0.2))]
+    assert "Highest image AUROC: 100.0% at 2 settings alike." in written(tmp_path, rows)
+
+
 def test_page_draws_each_member_against_each_field_but_the_seed(tmp_path):
     reader = Page(written(tmp_path))
     labels = [chart["aria-label"] for chart in reader.all("svg")]
@@ -272,6 +277,8 @@ def test_setting_axis_is_logarithmic_from_a_ratio_of_30():
     assert middle(1, 5.477, 30) == pytest.approx(0.5, abs=1e-3)  # the square root of 30
     assert middle(1, 15, 29) == pytest.approx(0.5, abs=1e-3)
     assert middle(0, 50, 100) == pytest.approx(0.5, abs=1e-3)
+    assert middle(0, 1, 100) == pytest.approx(1 / 2, abs=1e-3)  # 0 as far before 1 as 100 is behind it
+    assert ticks(chart([0, 0.003, 0.01, 0.03, 0.1, 0.3], [0.5] * 6)) == ["0", "0.003", "0.01", "0.03", "0.1", "0.3"]
 
 
 @pytest.mark.parametrize("settings", [["b", "a", "c"], [True, False, "x"], [1, math.inf, 0.5]])
@@ -311,3 +318,8 @@ def test_steps_chart_shares_its_axes():
     lines = [line["points"] for line in reader.all("polyline", "member")]
     assert lines == ["62.0,10.0 380.0,109.0", "62.0,109.0 221.0,208.0"]
     assert reader.titles == ["<a>", "b"]
+
+
+def test_what_was_logged_once_is_a_dot():
+    (dot,) = Page(charts.steps_chart("loss", [([10], [0.5])], hints=["a"])).all("circle", "member")
+    assert (dot["cx"], dot["cy"]) == ("221.0", "10.0")  # the middle of 5..15, and the top of 0..0.5
