@@ -44,9 +44,9 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$|(?<=\n\n)((?: {4}[^\n]+\n)(?:\n* {4}[
 WRITTEN = re.compile(r"`(\w+\.py)`:\n\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PLACES = {"ROOT": "mvtec_ad", "CATEGORY": "bottle", "DIR": "runs/dir", "SEED": "0"}
 # Not run: a grid, which the guide to sweeps runs; a service, since one runs already and is asked; a training on several
-# devices, as test_processes.py runs it, and one of another seed; a Python block that needs the SavedModel that
-# test_exporting.py makes.
-PARSED = ("ablate", "serve", "--mesh.data", "--seed", "import tensorflow")
+# devices, as test_processes.py runs it, one of another seed, and one in a bucket, as test_bucket.py runs it; a Python
+# block that needs the SavedModel that test_exporting.py makes.
+PARSED = ("ablate", "serve", "--mesh.data", "--seed", "gs://", "import tensorflow")
 ADDRESS = "127.0.0.1:8000"
 
 
@@ -184,7 +184,7 @@ def test_every_block_of_a_document_runs_or_is_checked(document, folder, run, add
 
 def pushpull(words: list[str]) -> None:
     """Run a command of ours; those of `PARSED` until they would begin their work."""
-    parsed = any(word in PARSED for word in words)
+    parsed = any(word.startswith(PARSED) for word in words)
     program = {"train": (training, "train"), "ablate": (ablation, "ablate"), "serve": (serving, "bind")}.get(words[1])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) if parsed else contextlib.nullcontext():
         patch.setattr(sys, "argv", words)
