@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pushpull_jax import workdir as files
 from pushpull_jax.ablation_report import ablation_csv, write_ablation_report
@@ -137,7 +138,7 @@ def ablate(ablation: Ablation, workdir: str | Path, *, command: Sequence[str] = 
 def _check_startable(folder: Path, ablation: Ablation) -> bool:
     """Whether a grid is resumed; raises where the folder holds something else."""
     if not (folder / GRID).is_file():
-        if folder.exists() and (not folder.is_dir() or any(path.suffix != ".part" for path in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.suffix != ".part" for path in files.contents(folder))):
             raise InputError(f"workdir {folder} exists and is not an ablation: choose an empty or a new folder")
         return False
     there, here = files.read_json(folder / GRID), _plain(ablation)
@@ -222,24 +223,24 @@ def _run_group(
     features = replicate_memory(bank.features, mesh)
     settings, states = _first(traits, bank, members, mesh)
     inside = folder / f"group_{number}"
-    states, losses_by_step = _train(traits, members, states, settings, features, meshes, inside)
+    states, losses_by_step, mesh = _train(traits, members, states, settings, features, meshes, inside)
     parameters, standardisations = jax.device_get((states.parameters, settings.standardisation))
-    score = _Scoring(traits, mesh, features)
+    score = _Scoring(traits, mesh, replicate(features, mesh))
     size = mesh.shape["grid"]
     bar = progress_bar(desc=f"scoring group {number}", total=len(members), unit="run")
-    for first in range(0, len(members), size):
-        some = members[first : first + size]
-        if not done >= {member.number for member in some}:
-            own = jax.tree.map(lambda leaf: leaf[first : first + size], (parameters, standardisations))  # noqa: B023
-            for place_, (member, metrics) in enumerate(zip(some, score(some, *own), strict=True)):
-                if member.number not in done:
-                    flat = flatten(member.config)
-                    row = {"member": member.number, "group": number}
-                    row |= {"settings": {name: flat[name] for name in ablation.vary}, "metrics": metrics}
-                    curve = [[step, values[first + place_]] for step, values in losses_by_step]
-                    files.append_line(folder / MEMBERS, row | {"loss": curve})
-        bar.update(len(some))
-    bar.close()
+    with bar, files.Log(folder / MEMBERS, files.read_lines(folder / MEMBERS)) as rows:
+        for first in range(0, len(members), size):
+            some = members[first : first + size]
+            if not done >= {member.number for member in some}:
+                own = jax.tree.map(lambda leaf: leaf[first : first + size], (parameters, standardisations))  # noqa: B023
+                for place_, (member, metrics) in enumerate(zip(some, score(some, *own), strict=True)):
+                    if member.number not in done:
+                        flat = flatten(member.config)
+                        row = {"member": member.number, "group": number}
+                        row |= {"settings": {name: flat[name] for name in ablation.vary}, "metrics": metrics}
+                        curve = [[step, values[first + place_]] for step, values in losses_by_step]
+                        rows.add(row | {"loss": curve})
+            bar.update(len(some))
 
 
 def _first(traits: Traits, bank: FeatureBank, members: list[Member], mesh: Any) -> tuple[Settings, State]:
@@ -304,8 +305,12 @@ def _stacked(trees: list) -> Any:
 
 def _train(
     traits: Traits, members: list[Member], states: State, settings: Settings, features: Any, meshes: list, folder: Path
-) -> tuple[State, list]:
-    """Train to the last step, from the newest checkpoint on; the states, and pairs of step and losses [M]."""
+) -> tuple[State, list, Mesh]:
+    """Train to the last step, from the newest checkpoint on.
+
+    Returns:
+        The states, pairs of step and losses [M], and the mesh to go on with: the one whose memory holds the members.
+    """
     config = members[0].config
     steps, size, count = config.training.steps, config.log.every, len(settings.seed)
     log = folder / files.LOG
@@ -319,16 +324,17 @@ def _train(
             checkpoints.discard_after(step := 0)
         rows = [row for row in files.read_lines(log) if row["step"] <= step]
         files.write_lines(log, rows)
+        mesh = meshes[-1]  # where nothing is left to train, nothing tells what the memory holds
         if step < steps:
             program = _compile_training(traits, states, settings, features, meshes, size, config)
-            states, settings = _spread((states, settings), program.mesh)
-            features = replicate(features, program.mesh)
+            mesh = program.mesh
+            states, settings, features = *_spread((states, settings), mesh), replicate(features, mesh)
         bar = progress_bar(desc=folder.name, total=steps, initial=step, unit="step")
         with bar, files.Log(log, rows) as written:
             while step < steps:
                 last = min((step // size + 1) * size, steps)
                 drawn = [chunk_indices(m.config, m.data.pools, step, last) for m in members]
-                indices = _spread(np.stack(drawn + drawn[:1] * (count - len(drawn))), program.mesh)
+                indices = _spread(np.stack(drawn + drawn[:1] * (count - len(drawn))), mesh)
                 states, told = program.run(states, (settings, indices), features)
                 losses = jax.device_get(told["loss"])[: len(members), : last - step].mean(axis=1)
                 written.add({"step": last, "loss": losses.tolist()})
@@ -347,7 +353,7 @@ def _train(
         for member, value in zip(members, curves[-1][1], strict=True):
             if value is None:
                 say(f"run {member.number}: its last losses are not finite, and those steps were not applied")
-    return states, curves
+    return states, curves, mesh
 
 
 def _compile_training(

@@ -4,17 +4,20 @@ An object appears whole or not at all, in the place of the one before it. None i
 orbax writes checkpoints there by itself, with a file that says when one is complete.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pushpull_jax.errors import InputError
 
 _SCHEME = "gs://"
+# Packages whose exceptions are of no kind of Python's own.
+_CLIENTS = ("aiohttp", "gcsfs", "google")
 
 
 def is_address(path: str | os.PathLike) -> bool:
@@ -67,6 +70,17 @@ def _client() -> Callable[[str], Path]:
     # What one process writes, the others see at once.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return Path
+
+
+@contextlib.contextmanager
+def faults_said() -> Iterator[None]:
+    """What the clients of a bucket raise within it, of the network or of rights, is raised as an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        raise InputError(f"a bucket could not be used: {type(error).__name__}: {error}") from error
 
 
 def write_object(path: Path, content: bytes) -> None:

@@ -39,12 +39,18 @@ class Threshold(NamedTuple):
         low, high = beta.ppf((tail, 1 - tail), self.n + 1 - self.rank, self.rank).tolist()
         return low, high
 
-    @property
-    def note(self) -> str:
-        """The promise in words, and how well so many images keep it."""
+    def note(self, *, folds: int = 0) -> str:
+        """The promise in words, and how well so many images keep it.
+
+        Args:
+            folds: detectors that scored the images between them; 0 where it was the one that the threshold is for,
+                of which alone the interval tells.
+        """
         images, rate = f"{self.n} held-out normal images", f"{self.false_positive_rate:.1%}"
         low, high = self.interval()
         spread = f"so many leave it between {low:.1%} and {high:.1%}, with a confidence of 95%"
+        if folds:
+            spread = f"each was scored by a detector trained without its fold, {folds} in all"
         if self.reachable > self.false_positive_rate:
             return (
                 f"{images} cannot promise a false-positive rate of {rate}; the lowest they can is "

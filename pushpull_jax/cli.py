@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from pushpull_jax.bucket import faults_said
 from pushpull_jax.config import (
     FILE_SOURCES,
     Ablation,
@@ -357,7 +358,7 @@ def calibrate(arguments: list[str]) -> None:
     result = calibrate(chosen.workdir, chosen.normals, false_positive_rate=chosen.fpr, tile=chosen.tile)
     fitted = result.threshold
     print(f"threshold {fitted.value:.4g} for images, {result.map_threshold:.4g} for pixels, by n = {fitted.n}")
-    print(fitted.note)
+    print(fitted.note())
     print(f"`pushpull evaluate {chosen.workdir}` counts its verdicts anew")
     _raise_unreadable(result.unreadable)
 
@@ -469,7 +470,7 @@ def main() -> None:
     try:
         if arguments[0] not in COMMANDS:
             raise _UsageError(f"pushpull: no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}\n\n{USAGE}")
-        with sigterm_raised():
+        with sigterm_raised(), faults_said():
             COMMANDS[arguments[0]](arguments[1:])
     except _UsageError as error:
         print(error, file=sys.stderr)

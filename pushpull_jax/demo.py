@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pushpull_jax import metrics, scoring
+from pushpull_jax import workdir as files
 from pushpull_jax.config import load_config
 from pushpull_jax.data.demo import mean_difference_maps, write_demo
 from pushpull_jax.data.manifest import Record
@@ -20,7 +21,7 @@ def run_demo(workdir: Path) -> dict:
 
     The images are written to the folder demo_data beside `workdir`, and kept for the next time.
     """
-    config = load_config("demo")
+    workdir, config = files.local_folder(workdir, name="workdir"), load_config("demo")
     root = (workdir.parent / "demo_data").resolve()
     say(f"drawing parts with defects: {root}")
     folder = write_demo(root, seed=config.seed)

@@ -68,7 +68,7 @@ def export(
         InputError: the run or the images cannot be used, the output exists, or an artefact differs by more than the
             tolerance: no folder is made then.
     """
-    source, target = files.run_folder(workdir), Path(output)
+    source, target = files.run_folder(workdir), files.local_folder(output, name="--output")
     is_there = target.exists()
     if is_there and not (verify and (target / ARTEFACT).is_file()):
         raise InputError(f"--output {target} exists: choose a new folder (--verify checks an export that is there)")

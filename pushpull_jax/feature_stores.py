@@ -31,6 +31,7 @@ from pushpull_jax.mesh import replicate
 from pushpull_jax.resources import free_host_memory, free_memory
 from pushpull_jax.shares import gathered, shared_out
 from pushpull_jax.user_cache import cache_folder
+from pushpull_jax.workdir import local_folder
 
 # Of the free memory, where the config names no budget: features in memory are there three times for a while, as they
 # were extracted, standardised, and on the device, which on CPU is the same memory.
@@ -299,6 +300,6 @@ def choose_store(config: Config, images: int, extractor: Extractor) -> tuple[Res
     if keep == "memory":
         return Resident(extractor), said + "they are kept in memory"
     if keep == "disk":
-        folder = Path(features.cache) if features.cache else cache_folder("features")
+        folder = local_folder(features.cache, name="features.cache") if features.cache else cache_folder("features")
         return OnDisk(extractor, folder), said + f"they are kept in files in {folder}"
     return Streamed(extractor), said + "they are extracted with each batch"

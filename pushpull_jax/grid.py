@@ -219,7 +219,7 @@ def compile_in_blocks(function: Callable, meshes: Sequence[Mesh], states: Any, m
     where = f"{count} members on {mesh.size} of {jax.device_count()} devices"
     if mesh is not meshes[0]:
         where += ", since more do not fit the memory"
-    elif mesh.size == largest_block(count, jax.device_count()) < jax.device_count():
+    elif len(meshes) > 1 and mesh.size < jax.device_count():
         where += ", the most that divide them"
     said = f"{need / 2**30:.2f} GB of {budget / 2**30:.1f} GB ({MEMORY_SHARE:.0%} of {whose})"
     return Compiled(

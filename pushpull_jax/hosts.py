@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from pushpull_jax import config as settings
+from pushpull_jax.bucket import faults_said
 from pushpull_jax.errors import InputError
 from pushpull_jax.preemption import Preempted
 
@@ -147,10 +148,12 @@ def _exchanged(text: str) -> list[str]:
 def agreed() -> Iterator[None]:
     """An InputError of one process within it is raised in all, at the end of it or where they next exchange."""
     if jax.process_count() == 1:
-        yield
+        with faults_said():
+            yield
         return
     try:
-        yield
+        with faults_said():
+            yield
     except _Agreed:
         raise
     except InputError as error:

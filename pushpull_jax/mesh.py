@@ -82,9 +82,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicate_memory(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The same on every device of one process; devices of a CPU read the same memory, which is a copy."""
+    """The same on every device of one process; devices of a CPU read the same memory.
+
+    That may be the caller's own, which must not change while it is used.
+    """
     if mesh.devices.flat[0].platform == "cpu":
-        # What jax has allocated is aligned as it wants it, and then not copied once more for each device.
+        # What jax has taken or allocated is aligned as it wants it, and then not copied once more for each device.
         array = np.asarray(jax.device_put(array, mesh.devices.flat[0]))
     return replicate(array, mesh)
 

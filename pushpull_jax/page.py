@@ -44,7 +44,7 @@ def escape(value: object) -> str:
 
 
 def four_digits(value: float) -> str:
-    """A number with four significant digits, zeros among them, as the scripts of pages write it: 6.410."""
+    """A number with four significant digits, zeros among them: 6.410; from 0.0001 to 9999 as the pages' scripts do."""
     return f"{value:#.4g}".removesuffix(".")
 
 

@@ -21,6 +21,7 @@ from pushpull_jax.errors import InputError
 from pushpull_jax.prediction_output import Output, Pictures, Prediction, Version
 from pushpull_jax.progress import progress_bar
 from pushpull_jax.tiling import detect_tiles
+from pushpull_jax.workdir import local_folder
 
 # Images that are decoded ahead of the detector, besides those of a batch.
 _AHEAD = 4
@@ -64,6 +65,7 @@ def predict(
     Raises:
         InputError: an input does not exist, there is no image in any, or the output is of something else.
     """
+    output = local_folder(output, name="--output")
     images = find_images(inputs, apart_from=output)
     unreadable: dict[str, str] = {}
     with Output(output, detector, pictures=pictures, tile=tile) as out:
@@ -108,6 +110,7 @@ def watch(
     Raises:
         InputError: there is no such folder, or the output is of something else.
     """
+    output = local_folder(output, name="--output")
     if not Path(folder).is_dir():
         raise InputError(f"--watch {folder}: there is no such folder")
     refused: dict[Path, Version] = {}

@@ -63,7 +63,7 @@ def calibrate(
     values = {
         "threshold": threshold.value,
         "false_positive_rate": false_positive_rate,
-        "note": threshold.note,
+        "note": threshold.note(),
         "map_threshold": map_threshold.value,
         "held_out_scores": scores,
         "held_out_peaks": peaks,

@@ -78,14 +78,19 @@ def train(
         InputError: the config, the data or the folder cannot be used: nothing is written then. Or the loss is not
             finite: the last good checkpoint is kept.
     """
-    folder = files.run_folder(workdir)
     check(config, source="config")
-    if is_bucket(folder) and (config.log.tensorboard or config.log.profile):
-        raise InputError(f"workdir {folder}: log.tensorboard and log.profile write to a folder only, not to a bucket")
     with hosts.connected(config.hosts):
-        with hosts.agreed():
+        with hosts.agreed():  # whether a bucket can be reached, too
+            folder = _run_folder(config, workdir)
             records = _trained(_with_absolute_paths(config), folder, loss_fn, reconstructor, command)
         return _evaluated(folder, records, reconstructor) if hosts.is_first() else {}
+
+
+def _run_folder(config: Config, workdir: str | os.PathLike) -> Path:
+    folder = files.run_folder(workdir)
+    if is_bucket(folder) and (config.log.tensorboard or config.log.profile):
+        raise InputError(f"workdir {folder}: log.tensorboard and log.profile write to a folder only, not to a bucket")
+    return folder
 
 
 def _trained(
@@ -218,9 +223,7 @@ def _say_if_bits_differ(folder: Path, config: Config) -> None:
 def _write_threshold(folder: Path, config: Config, data: TrainingData, scores: np.ndarray, peaks: np.ndarray) -> None:
     rate = config.scoring.false_positive_rate
     threshold = conformal_threshold(scores, false_positive_rate=rate)
-    note = threshold.note
-    if config.scoring.folds:
-        note += f" (each scored by a detector trained without its fold, {config.scoring.folds} in all)"
+    note = threshold.note(folds=config.scoring.folds)
     say(note)
     values = {
         "threshold": threshold.value,

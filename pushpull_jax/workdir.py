@@ -49,6 +49,17 @@ def run_folder(workdir: str | os.PathLike) -> Path:
     return bucket_path(workdir) if is_address(workdir) else Path(workdir)
 
 
+def local_folder(path: str | os.PathLike, *, name: str) -> Path:
+    """A folder of this machine, which `name` gives.
+
+    Raises:
+        InputError: it is an address, which would become a folder of that name.
+    """
+    if is_address(path):
+        raise InputError(f"{name} {path}: expected a folder; only the folder of a run may lie in a bucket")
+    return Path(path)
+
+
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all: what was there stays until the new one is complete. Its folder must exist."""
     if is_bucket(path):
@@ -119,11 +130,6 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
 
-def append_line(path: Path, row: dict) -> None:
-    """Add one row to a JSON-lines file, which is written whole: a bucket cannot append."""
-    write_lines(path, [*read_lines(path), row])
-
-
 class Log:
     """Rows of a JSON-lines file that grows, which is written whole. A context manager: leaving it writes what is left.
 
@@ -155,8 +161,9 @@ class Log:
     def flush(self) -> None:
         """Write the rows that were added; to be done before the state that they lead to is saved."""
         if self._is_wanted and self._is_behind:
+            self._is_behind = False  # whatever comes: leaving would wait for a bucket that is down once more
             write_lines(self._path, self._rows)
-            self._is_behind, self._written_at = False, time.monotonic()
+            self._written_at = time.monotonic()
 
 
 def versions() -> dict[str, str]:
@@ -217,6 +224,13 @@ def _is_foreign(path: Path) -> bool:
     return path.name != BACKBONE and path.suffix != ".part"
 
 
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder; in a bucket without the empty object that stands for a folder made in Google's console."""
+    entries = list(folder.iterdir())
+    # It is listed as FOLDER/FOLDER, which is not there.
+    return [entry for entry in entries if not is_bucket(folder) or entry.name != folder.name or entry.exists()]
+
+
 def check_startable(workdir: Path, config: Config) -> bool:
     """Whether a run is resumed (True) or started (False).
 
@@ -224,7 +238,7 @@ def check_startable(workdir: Path, config: Config) -> bool:
         InputError: the folder holds a run of another config, or something that is not a run.
     """
     if not is_run(workdir):
-        if workdir.exists() and (not workdir.is_dir() or any(map(_is_foreign, workdir.iterdir()))):
+        if workdir.exists() and (not workdir.is_dir() or any(map(_is_foreign, contents(workdir)))):
             raise InputError(f"workdir {workdir} exists and is not a run: choose an empty or a new folder")
         if is_bucket(workdir):
             return False

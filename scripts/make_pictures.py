@@ -25,6 +25,7 @@ from pushpull_jax.data.images import read_image, read_mask
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
 from pushpull_jax.demo import run_demo
 from pushpull_jax.detector import load
+from pushpull_jax.errors import InputError
 from pushpull_jax.tensorboard import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,10 @@ def served(run: Path) -> Iterator[str]:
     command = [sys.executable, "-c", code, "serve", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url = process.stdout.readline().split()[-1]
+        line = process.stdout.readline()
+        if not line:
+            raise InputError(f"{' '.join(command)} ended with {process.wait()}")
+        url = line.split()[-1]
         while requests.get(f"{url}/health", timeout=10).status_code != 200:
             time.sleep(0.2)
         yield url
@@ -122,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - set(PICTURES):
         parser.error(f"no picture {', '.join(sorted(unknown))}: expected {', '.join(PICTURES)}")
+    if set(given.names or PICTURES) != {"defects"} and not chromium.program():
+        parser.error("no Chromium is on the path: name defects alone, or install it")
     if not (given.run / files.REPORT).is_file():
         run_demo(given.run)
     given.output.mkdir(parents=True, exist_ok=True)

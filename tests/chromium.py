@@ -115,11 +115,16 @@ class Page:
             self.errors.append(json.dumps(parameters["args"]))
 
 
+def program() -> str | None:
+    """Where Chromium is on the path, under one of its names."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @contextlib.contextmanager
 def opened() -> Iterator[Page]:
     """A page in a Chromium of its own; skips where there is none."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
+    path = program()
+    if path is None:
         pytest.skip("there is no Chromium on this machine")
     to_read, write = os.pipe()
     read, to_write = os.pipe()
@@ -127,7 +132,7 @@ def opened() -> Iterator[Page]:
     script = f'exec "$@" 3<&{to_read} 4>&{to_write}'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
-            ["bash", "-c", script, "bash", program, *_FLAGS, f"--user-data-dir={folder}"],
+            ["bash", "-c", script, "bash", path, *_FLAGS, f"--user-data-dir={folder}"],
             pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

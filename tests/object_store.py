@@ -24,6 +24,7 @@ class ObjectStore(ThreadingHTTPServer):
         objects: generation and bytes of each object, by its name.
         writes: names of what was written, one after another.
         is_denied: whether writing is forbidden.
+        is_refused: told the name of an object that is asked for; true where the question is answered with an error.
         is_lost: told the name of an object before it is there; true where it never will be.
     """
 
@@ -35,6 +36,7 @@ class ObjectStore(ThreadingHTTPServer):
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.writes: list[str] = []
         self.is_denied = False
+        self.is_refused: Callable[[str], bool] = lambda name: False
         self.is_lost: Callable[[str], bool] = lambda name: False
         self.uploads: dict[str, tuple[dict, bytearray]] = {}  # resumable ones, not complete
         self.lock, self.numbers = threading.Lock(), itertools.count(1)
@@ -101,6 +103,8 @@ class _Request(BaseHTTPRequestHandler):
             self.list()
         else:
             self.check_generation(name)
+            if self.server.is_refused(name):
+                raise _Refused(400)
             if name not in self.server.objects:
                 raise _Refused(404)
             if self.command == "DELETE":

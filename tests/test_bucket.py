@@ -20,6 +20,7 @@ from object_store import ObjectStore, serving
 from pushpull_jax import workdir as files
 from pushpull_jax.ablation import ablate
 from pushpull_jax.checkpoint import Checkpoints
+from pushpull_jax.cli import main
 from pushpull_jax.config import Ablation, Checkpoint, Config, Data, Features, Log, Reconstructor, Scoring, Training
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import initial_state, load, read_network
@@ -179,6 +180,34 @@ def test_an_ablation_in_a_bucket(store, config, tmp_path):
     assert [row["metrics"] for row in there] == [row["metrics"] for row in here]
     assert store.objects["grids/rates/ablation.csv"][1] == (tmp_path / "rates" / "ablation.csv").read_bytes()
     assert ablate(grid, "gs://bucket/grids/rates") == there  # it is finished
+
+
+def test_a_bucket_that_refuses_to_be_read_is_one_message(store, monkeypatch, capsys):
+    store.objects["refused/config.json"] = 1, b"{}"
+    monkeypatch.setattr(store, "is_refused", lambda name: name == "refused/config.json")
+    monkeypatch.setattr(sys, "argv", ["pushpull", "evaluate", "gs://bucket/refused"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("pushpull evaluate: a bucket could not be used: HttpError: ")
+
+
+def test_an_empty_folder_that_was_made_in_the_console_takes_a_run(store, config):
+    store.objects["console/"] = 1, b""
+    assert not files.check_startable(files.run_folder("gs://bucket/console"), config)
+    store.objects["console/console"] = 2, b"something"
+    with pytest.raises(InputError, match="is not a run"):
+        files.check_startable(files.run_folder("gs://bucket/console"), config)
+
+
+@pytest.mark.parametrize("words", [["demo", "--workdir"], ["export", "run", "--output"]])
+def test_what_is_no_run_is_not_written_to_a_bucket(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pushpull", *words, "gs://bucket/place"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1 and "only the folder of a run may lie in a bucket" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Real processes.

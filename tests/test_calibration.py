@@ -81,7 +81,7 @@ def test_too_few_images_reach_only_the_lowest_rate():
 
 
 def test_note_where_it_is_reachable():
-    note = conformal_threshold(np.arange(19.0), false_positive_rate=0.05).note
+    note = conformal_threshold(np.arange(19.0), false_positive_rate=0.05).note()
     assert note == (
         "At most 5.0% of normal images score above it, by 19 held-out normal images; "
         "so many leave it between 0.1% and 17.6%, with a confidence of 95%"  # 1 - 0.975^(1/19) and 1 - 0.025^(1/19)
@@ -91,9 +91,9 @@ def test_note_where_it_is_reachable():
 def test_note_where_it_is_not():
     threshold = conformal_threshold(np.arange(10.0), false_positive_rate=0.05)
     assert threshold.value == 9
-    assert "10 held-out normal images cannot promise a false-positive rate of 5.0%" in threshold.note
-    assert "the lowest they can is 9.1%" in threshold.note  # 1 / 11
-    assert "between 0.3% and 30.8%" in threshold.note  # 1 - 0.975^(1/10) and 1 - 0.025^(1/10)
+    assert "10 held-out normal images cannot promise a false-positive rate of 5.0%" in threshold.note()
+    assert "the lowest they can is 9.1%" in threshold.note()  # 1 / 11
+    assert "between 0.3% and 30.8%" in threshold.note()  # 1 - 0.975^(1/10) and 1 - 0.025^(1/10)
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,11 @@ def begin(*_: object, **__: object) -> None:
 def check_script(words: list[str]) -> None:
     """A script is there and has the options that it is given; one for the shell is well formed."""
     script = ROOT / words[1]
+    text = script.read_text()
     if script.suffix == ".sh":
         subprocess.run(["bash", "-n", script], check=True)
     own, separator, command = (words, "", []) if "--" not in words else split(words, "--")
-    missing = [word for word in own[2:] if word.startswith("-") and f'"{word}"' not in script.read_text()]
+    missing = [word for word in own[2:] if word.startswith("-") and f'"{word}"' not in text]
     assert not missing, words
     if separator:
         pushpull([*command, "--hosts.processes", "1"])

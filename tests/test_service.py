@@ -494,7 +494,7 @@ def test_sigterm_lets_what_is_in_flight_finish():
 
 def test_the_command_serves_the_run_that_it_is_given(monkeypatch, tmp_path, capsys):
     calls = []
-    monkeypatch.setattr("pushpull_jax.detector.load", lambda folder: f"detector of {folder.name}")
+    monkeypatch.setattr("pushpull_jax.detector.load", lambda folder: f"detector of {Path(folder).name}")
     monkeypatch.setattr(serving, "run", lambda *given, **options: calls.append((*given[:1], options)))
     monkeypatch.setenv("PUSHPULL_TOKEN", "of ours")
     monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)

@@ -223,8 +223,6 @@ def test_devices_of_a_cpu_read_the_same_memory():
     shared = replicate_memory(array, device_mesh(grid=8))
     assert len({shard.data.unsafe_buffer_pointer() for shard in shared.addressable_shards}) == 1
     np.testing.assert_array_equal(shared, array)
-    array[:] = 0  # the caller's own
-    assert shared[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     expected = {"a": None, "b": [1.5, None], "c": {"d": [None, 2]}, "e": "nan", "f": True}
     files.write_json(tmp_path / "a.json", values)
     assert strict((tmp_path / "a.json").read_text()) == expected == files.read_json(tmp_path / "a.json")
-    files.write_lines(tmp_path / "a.jsonl", [values])
-    files.append_line(tmp_path / "a.jsonl", values)
+    files.write_lines(tmp_path / "a.jsonl", [values, values])
     assert [strict(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [expected, expected]
 
 
@@ -86,12 +85,10 @@ def test_lines(tmp_path):
     assert files.read_lines(path) == []
     files.write_lines(path, [])
     assert files.read_lines(path) == []
-    for step in (1, 2):
-        files.append_line(path, {"step": step})
+    files.write_lines(path, [{"step": step} for step in (1, 2)])
     assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
     files.write_lines(path, (row for row in files.read_lines(path) if row["step"] < 2))
-    files.append_line(path, {"step": 3})
-    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_log_is_whole_after_every_row_or_where_a_bucket_has_it_when_it_must_be(tmp_path, monkeypatch):
