@@ -251,7 +251,7 @@ def ablate(arguments: list[str]) -> None:
 
     rows = ablate(ablation, chosen.workdir, command=["pushpull", "ablate", *arguments])
     print(text_table(summarise(rows)))
-    print(f"table: {chosen.workdir}/ablation.csv\nreport: {chosen.workdir}/report.html")
+    print(f"table: {_within(chosen.workdir, 'ablation.csv')}\nreport: {_within(chosen.workdir, 'report.html')}")
 
 
 def _enable_compilation_cache() -> None:
@@ -458,7 +458,12 @@ def _summarise(metrics: dict, workdir: str) -> None:
     print("  ".join(f"{name} {100 * metrics[name]:.1f}" for name in METRICS))
     print(f"threshold {metrics['threshold']:.4g}: {metrics['false_alarms']} of {metrics['normal']} normal images "
           f"called anomalous, {metrics['missed']} of {metrics['anomalous']} anomalous ones missed")  # fmt: skip
-    print(f"report: {workdir.rstrip('/')}/report.html")
+    print(f"report: {_within(workdir, 'report.html')}")
+
+
+def _within(workdir: str, name: str) -> str:
+    """A file of a run, as its folder or address was typed."""
+    return f"{workdir.rstrip('/')}/{name}"
 
 
 def main() -> None:

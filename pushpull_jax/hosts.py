@@ -147,16 +147,12 @@ def _exchanged(text: str) -> list[str]:
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
     """An InputError of one process within it is raised in all, at the end of it or where they next exchange."""
-    if jax.process_count() == 1:
-        with faults_said():
-            yield
-        return
     try:
         with faults_said():
             yield
-    except _Agreed:
-        raise
     except InputError as error:
+        if isinstance(error, _Agreed) or jax.process_count() == 1:
+            raise
         exchange(error=str(error))
     exchange()
 
