@@ -1,19 +1,15 @@
 """An inspection as a page for people: counts, problems with their pictures, and some images of each kind.
 
 One self-contained HTML file, for any screen, in light and dark; nothing is loaded from anywhere. Pictures are data:
-URIs of decoded images, masks outlined. Page and style are `templates/contact_sheet.html`; every text that comes from
-outside is escaped.
+URIs of decoded images, masks outlined. Every text that comes from outside is escaped.
 """
 
 import base64
-import html
 import io
 import os
-import string
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,7 @@ from pushpull_jax.data.pipeline import cores
 from pushpull_jax.errors import InputError
 from pushpull_jax.inspection import Inspection, Problem
 from pushpull_jax.inspection_table import areas_of, percent
-from pushpull_jax.workdir import write_bytes
+from pushpull_jax.page import escape, write_page
 
 _SIDE = 200  # longer side of a picture in pixels
 _IMAGES, _EACH = 400, 12  # pictures in all, and of a kind: about 2 MB
@@ -36,20 +32,18 @@ _OUTLINE = (255, 0, 200)  # magenta, rare on parts
 
 def write_contact_sheet(path: str | os.PathLike, inspection: Inspection) -> None:
     """Write the page, whole or not at all; pictures are decoded again, a few of each kind."""
-    template = resources.files("pushpull_jax").joinpath("templates/contact_sheet.html").read_text("utf-8")
     layout = inspection.layout
     with ThreadPoolExecutor(cores()) as pool:
-        page = string.Template(template).substitute(
-            title=_text(layout.root.name),
-            summary=f"{_text(layout.name)}, {_text(layout.reason)}",
-            cards=_cards(inspection),
-            problems=_problems(inspection, pool),
-            counts=_counts(inspection),
-            sizes="".join(_row(row) for row in inspection.sizes()),
-            galleries=_galleries(inspection, pool),
-        )
-    # A file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates: they become "?".
-    write_bytes(path, page.encode("utf-8", "replace"))
+        parts = {
+            "name": escape(layout.root.name),
+            "summary": f"{escape(layout.name)}, {escape(layout.reason)}",
+            "cards": _cards(inspection),
+            "problems": _problems(inspection, pool),
+            "counts": _counts(inspection),
+            "sizes": "".join(_row(row) for row in inspection.sizes()),
+            "galleries": _galleries(inspection, pool),
+        }
+    write_page(path, "contact_sheet", title=f"{layout.root.name}: data", parts=parts)
 
 
 def _cards(inspection: Inspection) -> str:
@@ -77,7 +71,7 @@ def _problems(inspection: Inspection, pool: ThreadPoolExecutor) -> str:
     pictures = pool.map(lambda problem: _problem_pictures(problem, base), shown[:_WITH_PICTURES])
     by_kind: dict[str, list[str]] = defaultdict(list)
     for problem, picture in zip(shown, [*pictures, *[""] * (len(shown) - _WITH_PICTURES)], strict=False):
-        text = f"<div><b>{_text(problem.file)}</b><br>{_text(problem.message)}</div>"
+        text = f"<div><b>{escape(problem.file)}</b><br>{escape(problem.message)}</div>"
         by_kind[problem.kind].append(f"<li>{picture}{text}</li>")
     sections = []
     for kind, items in by_kind.items():
@@ -111,7 +105,7 @@ def _counts(inspection: Inspection) -> str:
 
 
 def _row(cells: Iterable[object]) -> str:
-    return f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _galleries(inspection: Inspection, pool: ThreadPoolExecutor) -> str:
@@ -122,7 +116,7 @@ def _galleries(inspection: Inspection, pool: ThreadPoolExecutor) -> str:
         # Spread over the group, as neighbours look alike.
         chosen = [places[position] for position in np.linspace(0, len(places) - 1, min(each, len(places))).astype(int)]
         figures = pool.map(_figure, [inspection.records[place] for place in chosen])
-        title = f"{_text(category)} / {split} / {_text(defect_type)} <small>{len(chosen)} of {len(places)}</small>"
+        title = f"{escape(category)} / {split} / {escape(defect_type)} <small>{len(chosen)} of {len(places)}</small>"
         sections.append(f'<h3>{title}</h3><div class="sheet">{"".join(figures)}</div>')
         if len(sections) * each >= _IMAGES:
             sections.append(f'<p class="soft">{len(groups) - len(sections)} more kinds are not shown.</p>')
@@ -131,7 +125,7 @@ def _galleries(inspection: Inspection, pool: ThreadPoolExecutor) -> str:
 
 
 def _figure(record: Record) -> str:
-    caption = f"<figcaption>{_text(record.key.rpartition('/')[2])}</figcaption>"
+    caption = f"<figcaption>{escape(record.key.rpartition('/')[2])}</figcaption>"
     try:
         image = decode_image(record.image)
         mask = read_mask(record, size=image.shape[:2])
@@ -154,8 +148,4 @@ def _picture(image: np.ndarray, name: str) -> str:
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "WEBP", quality=80)
     source = "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
-    return f'<img src="{source}" alt="{_text(name)}" title="{_text(name)}" loading="lazy">'
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+    return f'<img src="{source}" alt="{escape(name)}" title="{escape(name)}" loading="lazy">'

@@ -1,8 +1,8 @@
 """One self-contained HTML page from its templates: what every report of ours shares, and how text gets into it.
 
-A page NAME has its body in `templates/NAME.html`, a `string.Template`, its script in NAME.js, and its style in NAME.css
-after that of all pages, page.css. Nothing is loaded from anywhere, and the page's own policy says so: a browser takes
-the one style and the one script whose hashes it names, pictures from data: URIs, and nothing else.
+A page NAME has its body in `templates/NAME.html`, a `string.Template`, its script, if any, in NAME.js, and its style in
+NAME.css after that of all pages, page.css. Nothing is loaded from anywhere, and the page's own policy says so: a
+browser takes the one style and the one script whose hashes it names, pictures from data: URIs, and nothing else.
 """
 
 import base64
@@ -24,7 +24,7 @@ def write_page(path: str | os.PathLike, name: str, *, title: str, parts: dict[st
         title: a text, which becomes the heading too.
         parts: HTML for each name in the body.
     """
-    style, script = _template("page.css") + _template(f"{name}.css"), _template(f"{name}.js")
+    style, script = _template("page.css") + _template(f"{name}.css"), _template(f"{name}.js", default="")
     heading = escape(title)
     page = string.Template(_template("page.html")).substitute(
         title=heading,
@@ -60,8 +60,10 @@ def pair_rows(pairs: dict[str, object]) -> str:
     )
 
 
-def _template(name: str) -> str:
-    return resources.files("pushpull_jax").joinpath(f"templates/{name}").read_text("utf-8")
+def _template(name: str, *, default: str | None = None) -> str:
+    """The text of a template; of one that is not there the default, unless it must be there."""
+    template = resources.files("pushpull_jax").joinpath(f"templates/{name}")
+    return default if default is not None and not template.is_file() else template.read_text("utf-8")
 
 
 def _hash(content: str) -> str:
