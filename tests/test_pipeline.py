@@ -14,7 +14,7 @@ from pushpull_jax.data import pipeline
 from pushpull_jax.data.images import mask_to_grid, mask_to_image, read_mask, resize_image
 from pushpull_jax.data.manifest import Record
 from pushpull_jax.data.mvtec_ad import read_mvtec_ad
-from pushpull_jax.data.pipeline import check_readable, image_batches
+from pushpull_jax.data.pipeline import check_readable, image_batches, read_in_order
 from pushpull_jax.errors import InputError
 
 SHARED = Path(os.environ.get("PUSHPULL_SHARED") or Path(__file__).parents[2] / "shared" / "data")
@@ -78,6 +78,17 @@ def test_without_masks_none_are_read(records, damaged):
     Path(records[6].image).write_bytes(Path(records[0].image).read_bytes())
     (batch,) = image_batches(records, image_size=SIZE, batch_size=50)
     assert sorted(batch) == ["image", "index"] and len(batch["image"]) == 11
+
+
+def test_nothing_is_tuned_whose_thread_the_end_of_a_pass_would_wait_for(records, monkeypatch):
+    dataset, tuned = pipeline._tensorflow().data.Dataset, []
+    as_numpy = dataset.as_numpy_iterator
+    monkeypatch.setattr(
+        dataset, "as_numpy_iterator", lambda self: tuned.append(self.options().autotune.enabled) or as_numpy(self)
+    )
+    assert len(list(image_batches(records, image_size=SIZE, batch_size=50))) == 1
+    assert len(list(read_in_order(lambda i: np.zeros(2, np.float32), [0, 1], shape=(2,), batch_size=2, prefetch=1))) == 1
+    assert tuned == [False, False]
 
 
 def test_no_records_no_batches():

@@ -162,7 +162,7 @@ def read_in_order(
     dataset = tf.data.Dataset.from_generator(lambda: iter(order), output_signature=tf.TensorSpec((), tf.int64))
     dataset = dataset.map(plain(array), num_parallel_calls=threads or cores(), deterministic=True)
     dataset = dataset.batch(batch_size)
-    for batch in (dataset.prefetch(prefetch) if prefetch else dataset).as_numpy_iterator():
+    for batch in _as_numpy(dataset.prefetch(prefetch) if prefetch else dataset):
         if failed:
             raise failed[0]
         yield batch
@@ -209,8 +209,18 @@ def _dataset(example: Callable, count: int, image_size: int, batch_size: int, wi
     return dataset.batch(batch_size, drop_remainder=False).prefetch(1)
 
 
+def _as_numpy(dataset) -> Iterator:
+    """The elements of a dataset, without the thread that tunes what is left to tune: nothing is.
+
+    That thread sleeps for longer and longer, and the end of a pass waits for it, by half a second after a second or so.
+    """
+    options = _tensorflow().data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options).as_numpy_iterator()
+
+
 def _batches(dataset, records: tuple, failed: dict, on_unreadable: OnUnreadable, dropped: dict | None) -> Iterator:
-    for batch in dataset.as_numpy_iterator():
+    for batch in _as_numpy(dataset):
         if not failed or on_unreadable == "skip":
             yield batch
     _report(records, failed, on_unreadable, dropped)
