@@ -1,11 +1,14 @@
 """How scripts/benchmark.py measures: us and a peer in turn, A B A B, on the same machine in the same process.
 
-Times are wall-clock seconds of one call, its result waited for. The ratio is the peer's median over ours, above 1 where
-we are faster; its spread are the quartiles of the ratios of single pairs. The limit of a row is what its work would
-take at the rate of a large float32 matrix product, or its input and output at that of a large copy, the longer of both.
+Times are wall-clock seconds of one call, its result waited for. Of calls that are shorter than a tenth of a second there
+are several in a row, as many on both sides, and their mean counts: the first after a pause has to wake the cores. The
+ratio is the peer's median over ours, above 1 where we are faster; its spread are the quartiles of the ratios of single
+pairs. The limit of a row is what its work would take at the rate of a large float32 matrix product, or its input and
+output at that of a large copy, the longer of both.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,8 @@ from pushpull_jax.progress import progress_bar
 TOLERANCE = 1e-4  # of the largest value: how far outputs of ours and of a peer may be apart
 WARM_UP = 2  # calls before the first that counts; the first of them compiles
 FEWEST, MOST = 5, 50  # pairs
-PAUSE = 0.02  # seconds before each call: OpenMP's threads wait for more work in a loop, and would slow the other side
+BLOCK = 0.1  # seconds that are timed at once, at least: shorter calls come several in a row
+PAUSE = 0.02  # seconds before each block: OpenMP's threads wait for more work in a loop, and would slow the other side
 
 Call = Callable[[], Any]
 
@@ -88,20 +92,29 @@ class Machine(NamedTuple):
     bandwidth: float
 
 
-def timed(call: Call, contest: Contest, clock: Callable[[], float]) -> float:
+def timed(call: Call, contest: Contest, clock: Callable[[], float], calls: int = 1) -> float:
+    """Seconds of a call, the mean of some in a row."""
     time.sleep(PAUSE)
     began = clock()
-    result = jax.block_until_ready(call())
-    return result if contest.self_timed else clock() - began
+    for _ in range(calls):
+        result = jax.block_until_ready(call())
+    return result if contest.self_timed else (clock() - began) / calls
+
+
+def calls_of(seconds: float) -> int:
+    """Calls in a block, where one takes so long."""
+    return max(1, math.ceil(BLOCK / max(seconds, 1e-9)))
 
 
 def warmed_up(contest: Contest, clock: Callable[[], float]) -> tuple[float, str | None, float, str]:
     """Seconds of a warm call of ours, the name and seconds of the fastest peer, and what was said on the way."""
 
     def warm(call: Call) -> float:
-        for _ in range(WARM_UP if contest.warm else 0):
+        if not contest.warm:
+            return 0.0
+        for _ in range(WARM_UP):
             last = timed(call, contest, clock)
-        return last if contest.warm else 0.0
+        return timed(call, contest, clock, calls_of(last)) if last < BLOCK else last
 
     seconds, notes = {}, []
     for name, call in contest.peers.items():
@@ -121,19 +134,21 @@ def measure(contest: Contest, settings: Settings, clock: Callable[[], float] = t
     """Measure one row.
 
     Returns:
-        "ours", "peer", "ours_best", "peer_best", "ratio" (of medians), "spread" (two quartiles), "peer_is", "repeats"
-        and "note"; those of a peer are None where there is none.
+        "ours", "peer", "ours_best", "peer_best", "ratio" (of medians), "spread" (two quartiles), "peer_is", "repeats",
+        "calls" (in a row, each time) and "note"; those of a peer are None where there is none.
     """
     ours_took, name, peer_took, said = warmed_up(contest, clock)
-    pairs = contest.repeats or int(np.clip(settings.seconds / max(ours_took + peer_took, 1e-9), FEWEST, MOST))
+    is_block = contest.warm and not contest.self_timed
+    calls = calls_of(min(filter(None, (ours_took, peer_took)))) if is_block else 1
+    pairs = contest.repeats or int(np.clip(settings.seconds / max(calls * (ours_took + peer_took), 1e-9), FEWEST, MOST))
     ours, peer = [], []
     gc.collect()
     gc.disable()
     try:
         for _ in progress_bar(range(pairs), desc="pairs", total=pairs, unit="pair"):
-            ours.append(timed(contest.ours, contest, clock))
+            ours.append(timed(contest.ours, contest, clock, calls))
             if name is not None:
-                peer.append(timed(contest.peers[name], contest, clock))
+                peer.append(timed(contest.peers[name], contest, clock, calls))
     finally:
         gc.enable()
     row = {"ours": contest.in_unit(median(ours)), "peer": None, "ratio": None, "spread": None, "peer_is": name}
@@ -143,7 +158,7 @@ def measure(contest: Contest, settings: Settings, clock: Callable[[], float] = t
         ratios = np.divide(peer, ours)
         row |= {"peer": contest.in_unit(median(peer)), "ratio": median(peer) / median(ours)}
         row["spread"] = [float(q) for q in np.quantile(ratios, [0.25, 0.75])]
-    return row | {"repeats": pairs, "note": "; ".join(filter(None, (contest.note, said)))}
+    return row | {"repeats": pairs, "calls": calls, "note": "; ".join(filter(None, (contest.note, said)))}
 
 
 def limits(contest: Contest, machine: Machine, ours: float) -> dict[str, Any]:

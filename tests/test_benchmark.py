@@ -82,6 +82,16 @@ def test_as_many_pairs_as_fit_into_the_time(tmp_path, seconds, pairs):
     assert harness.measure(contest, settings(tmp_path, seconds=seconds), clock)["repeats"] == pairs
 
 
+def test_short_calls_come_several_in_a_row_and_their_mean_counts(tmp_path):
+    clock = Clock()
+    ours = [9, 0.06, 0.05, 0.05, *[0.02, 0.02, 0.08] * 2]  # to compile, to see how short, a block to warm up, two pairs
+    contest = contest_of(clock, ours, {"peer": [9, 0.2, *[0.1, 0.1, 0.2] * 2]}, repeats=2)
+    row = harness.measure(contest, settings(tmp_path), clock)
+    assert clock.calls == ["peer"] * 2 + ["ours"] * 4 + (["ours"] * 2 + ["peer"] * 2) * 2
+    assert row["calls"] == 2
+    assert (row["ours"], row["peer"]) == pytest.approx((0.035, 0.125))
+
+
 def test_without_a_peer_its_figures_are_none(tmp_path):
     clock = Clock()
     row = harness.measure(contest_of(clock, [1.0] * 9, {}, note="no torch", repeats=2), settings(tmp_path), clock)
