@@ -27,6 +27,7 @@ import jax
 from benchmark_harness import Contest, Machine, Row, Settings, limits, measure, measure_machine
 
 from pushpull_jax import workdir as files
+from pushpull_jax.cpu_options import set_cpu_options
 from pushpull_jax.data.pipeline import cores
 from pushpull_jax.errors import InputError
 
@@ -74,7 +75,7 @@ def installed(name: str) -> str | None:
 
 
 def setting(settings: Settings) -> dict[str, Any]:
-    """What the rows of one file must share: commit, versions, hardware."""
+    """What the rows of one file must share: commit, versions, hardware, options of XLA."""
     changes = git("status", "--porcelain")
     return {
         "commit": git("rev-parse", "HEAD"),
@@ -87,6 +88,7 @@ def setting(settings: Settings) -> dict[str, Any]:
             "device": jax.default_backend(),
             "accelerators": [d.device_kind for d in jax.devices() if d.platform != "cpu"],
         },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -158,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.list:
         print("\n".join(f"{row.name:<16}{row.title}" for row in ROWS.values()))
         return
+    set_cpu_options()  # as every program of ours does
     settings = Settings(given.quick, cores(), Path(), 0.5 if given.quick else 20.0)
     try:
         rows = run([ROWS[name] for name in given.rows], settings, given.output)

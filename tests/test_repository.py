@@ -26,9 +26,9 @@ LAYERS = (
     "conversion.efficientnet", "conversion.resnet", "conversion.vit", "conversion.keras_h5", "conversion.tensors",
     "models.reconstructor", "models.convolutional", "models.nearest", "models.efficientnet", "models.resnet",
     "models.vit", "models.pixels", "models.layers", "heatmap", "charts", "confetti_noise", "batching", "calibration",
-    "bootstrap", "page", "streaming_metrics", "metrics", "ranking", "compilation_cache", "whitening", "scoring",
-    "losses", "precision", "shapes", "workdir", "bucket", "mesh", "profiling", "resources", "user_cache", "progress",
-    "config", "errors",
+    "bootstrap", "page", "streaming_metrics", "metrics", "ranking", "compilation_cache", "cpu_options", "whitening",
+    "scoring", "losses", "precision", "shapes", "workdir", "bucket", "mesh", "profiling", "resources", "user_cache",
+    "progress", "config", "errors",
 )  # fmt: skip
 
 
