@@ -2,8 +2,9 @@
 
 Times are wall-clock seconds of one call, its result waited for. Calls that are shorter than a tenth of a second come
 several in a row, as many on both sides, and their mean counts: the first after a pause has to wake the cores. The ratio
-is the peer's median over ours, above 1 where we are faster; its spread are the quartiles of the ratios of single pairs. The limit of a row is what its work would take at the rate of a large float32 matrix product, or its input and
-output at that of a large copy, the longer of both.
+is the peer's median over ours, above 1 where we are faster; its spread are the quartiles of the ratios of single pairs.
+The limit of a row is what its work would take at the rate of a large float32 matrix product, or its input and output at
+that of a large copy, the longer of both.
 """
 
 import gc
