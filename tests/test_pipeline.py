@@ -92,6 +92,20 @@ def test_nothing_is_tuned_whose_thread_the_end_of_a_pass_would_wait_for(records,
     assert tuned == [False, False]
 
 
+def test_a_process_ends_in_the_middle_of_a_pass(records):
+    """Its threads call Python, and would wait for it for ever."""
+    images = [str(record.image) for record in records]
+    program = f"""
+from pushpull_jax.data.manifest import Record
+from pushpull_jax.data.pipeline import image_batches
+records = [Record(name, name, None, 0, "good", "train") for name in {images}]
+batches = image_batches(records * 50, image_size=512, batch_size=8)
+print(len(next(batches)["image"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert done.stdout == "8\n"
+
+
 def test_no_records_no_batches():
     assert list(image_batches((), image_size=SIZE, batch_size=4)) == []
     assert check_readable(()) == ()

@@ -5,9 +5,11 @@ off every accelerator. Batches are numpy: images [B,S,S,3] float32 in 0..255, S 
 order of the records. A file that cannot be used is an InputError of ours that names it, never tensorflow's.
 """
 
+import atexit
 import contextlib
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,6 +23,10 @@ from pushpull_jax.data.manifest import Record, listed
 from pushpull_jax.errors import InputError
 
 OnUnreadable = Literal["stop", "skip"]
+
+# Those under way. One that is left unfinished must end before Python does: its threads call Python, and the end of the
+# process would wait for them for ever.
+_passes: weakref.WeakSet = weakref.WeakSet()
 
 
 def image_batches(
@@ -216,7 +222,15 @@ def _as_numpy(dataset) -> Iterator:
     """
     options = _tensorflow().data.Options()
     options.autotune.enabled = False
-    return dataset.with_options(options).as_numpy_iterator()
+    elements = (element for element in dataset.with_options(options).as_numpy_iterator())
+    _passes.add(elements)
+    return elements
+
+
+@atexit.register
+def _end_passes() -> None:
+    for elements in list(_passes):
+        elements.close()
 
 
 def _batches(dataset, records: tuple, failed: dict, on_unreadable: OnUnreadable, dropped: dict | None) -> Iterator:
