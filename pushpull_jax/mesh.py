@@ -51,13 +51,14 @@ def device_mesh(*, grid: int = 1, data: int = 1) -> Mesh:
 
 
 def computed_on() -> dict[str, Any]:
-    """What the bits of a result depend on besides config and versions: devices and CPUs."""
+    """What the bits of a result depend on besides config and versions: devices, CPUs, and options of XLA."""
     devices = jax.devices()
     return {
         "device": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# Before jax is imported anywhere.
+from pushpull_jax.cpu_options import set_cpu_options
+
+# Before jax is imported anywhere. Of XLA's options the tests have those that programs have, to the same bits.
+set_cpu_options()
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = PLATFORM = os.environ.get("PUSHPULL_PLATFORM", "cpu")
 if PLATFORM != "cpu":  # tests compare to float32's last digits, which an accelerator's default does not have
