@@ -230,7 +230,8 @@ def _as_numpy(dataset) -> Iterator:
 @atexit.register
 def _end_passes() -> None:
     for elements in list(_passes):
-        elements.close()
+        with contextlib.suppress(ValueError):  # a thread is inside it
+            elements.close()
 
 
 def _batches(dataset, records: tuple, failed: dict, on_unreadable: OnUnreadable, dropped: dict | None) -> Iterator:
