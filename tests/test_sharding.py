@@ -19,7 +19,7 @@ from pushpull_jax.config import Checkpoint, Config, Data, Features, Log, Mesh, R
 from pushpull_jax.data.demo import write_demo
 from pushpull_jax.detector import build_network, initial_state
 from pushpull_jax.errors import InputError
-from pushpull_jax.mesh import device_mesh, divide_cpu, replicate, replicate_memory
+from pushpull_jax.mesh import computed_on, device_mesh, divide_cpu, replicate, replicate_memory
 from pushpull_jax.models.reconstructor import Reconstructor as Transformer
 from pushpull_jax.objectives import squared
 from pushpull_jax.steps import init_state, make_chunk, make_optimizer, make_step, training_apply
@@ -242,6 +242,11 @@ def test_a_cpu_that_computes_is_not_divided(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     divide_cpu(3)
     assert jax.device_count() == 8
+
+
+def test_bits_depend_on_options_of_xla_but_not_on_where_it_writes(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/somewhere --xla_cpu_a=1")
+    assert computed_on()["xla_flags"] == "--xla_cpu_a=1"
 
 
 def test_a_mesh_takes_all_devices_that_are_left():
