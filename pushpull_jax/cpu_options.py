@@ -19,8 +19,8 @@ _VERSIONS = (0, 10), (0, 12)
 def set_cpu_options() -> None:
     """Add the options to XLA_FLAGS, from which XLA reads them once: to be called before anything is compiled.
 
-    One that XLA_FLAGS has already stays as it is. Nothing is set for another jaxlib or processor than were tried, or
-    where a TPU's library is installed, which reads XLA_FLAGS too.
+    One that XLA_FLAGS has already stays as it is. Nothing is set for another jaxlib than were tried, for a processor
+    that is not an x86-64, or where a TPU's library is installed, which reads XLA_FLAGS too.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
