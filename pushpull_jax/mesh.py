@@ -59,7 +59,7 @@ def computed_on() -> dict[str, Any]:
         "devices": len(devices),
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
-        "xla_flags": " ".join(flag for flag in flags if "/" not in flag),  # where XLA writes changes no bits
+        "xla_flags": " ".join(flag for flag in flags if "/" not in flag),  # a path is the user's own affair
     }
 
 

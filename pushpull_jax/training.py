@@ -210,10 +210,10 @@ def _say_if_bits_differ(folder: Path, config: Config) -> None:
     """A run that goes on elsewhere comes to the same numbers up to rounding, not to the last bit."""
     there = files.read_config(folder)[1]
     pairs = [
-        (f"{name} {before}", f"{here[name]}")
+        (f"{name} {before or 'none'}", f"{now or 'none'}")
         for part, here in (("computed_on", _computed_on(config)), ("versions", files.versions()))
-        for name, before in there.get(part, {}).items()
-        if here.get(name) != before
+        for name, now in here.items()
+        if (before := there.get(part, {}).get(name)) != now
     ]
     if pairs:
         changes = ", ".join(f"{before} there, {now} here" for before, now in pairs)

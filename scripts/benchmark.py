@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.list:
         print("\n".join(f"{row.name:<16}{row.title}" for row in ROWS.values()))
         return
-    set_cpu_options()  # as every program of ours does
+    set_cpu_options()  # as `pushpull` does
     settings = Settings(given.quick, cores(), Path(), 0.5 if given.quick else 20.0)
     try:
         rows = run([ROWS[name] for name in given.rows], settings, given.output)

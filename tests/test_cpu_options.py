@@ -21,10 +21,11 @@ ZEN_5, SKYLAKE, ZEN_3 = "AuthenticAMD avx512f", "GenuineIntel avx512f", "Authent
 def machine(monkeypatch):
     """A function that makes this one look like another, and says what is set there."""
 
-    def set_on(processor=ZEN_5, *, kind="x86_64", jaxlib="0.10.2", installed=(), flags=""):
+    def set_on(processor=ZEN_5, *, kind="x86_64", jaxlib="0.10.2", tensorflow="2.21.0", installed=(), flags=""):
         monkeypatch.setattr(platform, "machine", lambda: kind)
         monkeypatch.setattr(Path, "read_text", lambda *_, **__: processor)
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: jaxlib)
+        versions = {"jaxlib": jaxlib, "tensorflow": tensorflow}
+        monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
         monkeypatch.setattr(cpu_options, "find_spec", lambda name: name in installed or None)
         monkeypatch.setenv("XLA_FLAGS", flags)
         set_cpu_options()
@@ -41,10 +42,17 @@ def test_what_a_processor_gets(machine, processor, expected):
 
 
 @pytest.mark.parametrize(
-    "other", [{"kind": "arm64"}, {"jaxlib": "0.9.2"}, {"jaxlib": "0.12.0.dev1"}, {"installed": ("libtpu",)}]
-)
+    "other",
+    [{"kind": "arm64"}, {"jaxlib": "0.9.2"}, {"jaxlib": "0.12.0.dev1"}, {"tensorflow": "2.20.0"},
+     {"tensorflow": "2.22.0"}, {"installed": ("libtpu",)}],
+)  # fmt: skip
 def test_nothing_is_set_where_nothing_was_tried(machine, other):
     assert machine(flags="--a=1", **other) == "--a=1"
+
+
+def test_a_file_of_flags_stays_the_only_one(machine):
+    """XLA takes all of XLA_FLAGS for its name."""
+    assert machine(flags="flags.txt") == "flags.txt"
 
 
 def test_what_the_user_has_set_stays(machine):
