@@ -213,7 +213,7 @@ def train(arguments: list[str]) -> None:
     check(config, source="command line")
     _check_data(config, f"pushpull train: expected --data.{{}}, which config {arguments[0]} leaves open")
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.training import train
 
     _summarise(train(config, chosen.workdir, command=["pushpull", "train", *arguments]), chosen.workdir)
@@ -241,7 +241,7 @@ def ablate(arguments: list[str]) -> None:
     for run in runs_of(ablation, source="command line"):
         _check_data(run, f"pushpull ablate: expected --data.{{}}, which {arguments[0]} leaves open")
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.data.pipeline import cores
     from pushpull_jax.mesh import divide_cpu
 
@@ -254,8 +254,11 @@ def ablate(arguments: list[str]) -> None:
     print(f"table: {_within(chosen.workdir, 'ablation.csv')}\nreport: {_within(chosen.workdir, 'report.html')}")
 
 
-def _prepare_jax() -> None:
-    """Programs choose XLA's options and keep what they compile for the next time; importing the package does not."""
+def prepare_jax() -> None:
+    """Choose XLA's options and keep what is compiled for the next time, as importing the package does not.
+
+    To be called before jax is asked for a device or computes.
+    """
     from pushpull_jax import compilation_cache, cpu_options
 
     cpu_options.set_cpu_options()
@@ -272,7 +275,7 @@ def _check_data(config: Config, message: str) -> None:
 def evaluate(arguments: list[str]) -> None:
     chosen = _parse(Evaluate, arguments)
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.evaluation import evaluate
 
     _summarise(evaluate(chosen.workdir, root=chosen.root), chosen.workdir)
@@ -289,7 +292,7 @@ def predict(arguments: list[str]) -> None:
         raise _UsageError(f"pushpull predict: --pixel_threshold {chosen.pixel_threshold}: expected one above 0")
     _check_tile(chosen.tile, "predict")
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.prediction import find_images, predict
 
     if chosen.watch:
@@ -353,7 +356,7 @@ def calibrate(arguments: list[str]) -> None:
     chosen = _parse(Calibrate, arguments)
     _check_tile(chosen.tile, "calibrate")
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.recalibration import calibrate
 
     result = calibrate(chosen.workdir, chosen.normals, false_positive_rate=chosen.fpr, tile=chosen.tile)
@@ -367,7 +370,7 @@ def calibrate(arguments: list[str]) -> None:
 def export(arguments: list[str]) -> None:
     chosen = _parse(Export, arguments)
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.exporting import export
 
     export(
@@ -383,7 +386,7 @@ def export(arguments: list[str]) -> None:
 def serve(arguments: list[str]) -> None:
     chosen = _parse(Serve, arguments)
 
-    _prepare_jax()
+    prepare_jax()
     try:
         from pushpull_jax.service.serving import TOKEN, Limits, bind, run
     except ModuleNotFoundError as error:
@@ -426,7 +429,7 @@ def inspect(arguments: list[str]) -> None:
 def demo(arguments: list[str]) -> None:
     chosen = _parse(Demo, arguments)
 
-    _prepare_jax()
+    prepare_jax()
     from pushpull_jax.demo import run_demo
 
     run_demo(chosen.workdir)

@@ -23,10 +23,9 @@ import jax
 import tyro
 from reproduce_table import METRICS, PARTS, ROWS, Row, markdown, row_figures
 
-from pushpull_jax import compilation_cache
 from pushpull_jax import workdir as files
+from pushpull_jax.cli import prepare_jax
 from pushpull_jax.config import Config, Source, check, load_config
-from pushpull_jax.cpu_options import set_cpu_options
 from pushpull_jax.data.manifest import Record, hold_out
 from pushpull_jax.data.sources import category_names, read_records
 from pushpull_jax.errors import InputError
@@ -265,8 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if set(row.parts) & set(given.parts):
                     print(f"{row.config}: {generic(given, row, overrides)}")
             return
-        set_cpu_options()  # both as `pushpull train` does
-        compilation_cache.enable()
+        prepare_jax()  # as `pushpull train` does
         study = Study(given, overrides)
         study.go_on()
     except (InputError, OSError) as error:

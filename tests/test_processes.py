@@ -81,7 +81,7 @@ def test_flags_of_the_scripts_are_ours(script, monkeypatch):
     command, *arguments = shlex.split(found.rstrip(")"))
     seen = []
     monkeypatch.setattr("pushpull_jax.training.train", lambda config, *_, **__: seen.append(config) or {})
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     cli.COMMANDS[command](arguments)
     assert seen[0].mesh.data == -1 and seen[0].hosts.heartbeat_timeout_seconds == 60
     assert "Not run" in script.read_text()

@@ -497,7 +497,7 @@ def test_the_command_serves_the_run_that_it_is_given(monkeypatch, tmp_path, caps
     monkeypatch.setattr("pushpull_jax.detector.load", lambda folder: f"detector of {Path(folder).name}")
     monkeypatch.setattr(serving, "run", lambda *given, **options: calls.append((*given[:1], options)))
     monkeypatch.setenv("PUSHPULL_TOKEN", "of ours")
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     cli.serve([str(tmp_path / "bolt"), "--port", "0", "--max-megabytes", "2", "--max-waiting", "3"])
     ((given, options),) = calls
     assert given == "detector of bolt" and options["token"] == "of ours"
@@ -506,7 +506,7 @@ def test_the_command_serves_the_run_that_it_is_given(monkeypatch, tmp_path, caps
 
 
 def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.setattr(cli, "prepare_jax", lambda: None)
     for name in [name for name in sys.modules if name.startswith(("pushpull_jax.service", "starlette", "uvicorn"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("pushpull_jax.service.serving")
