@@ -101,8 +101,10 @@ def timed(call: Call, contest: Contest, clock: Callable[[], float], calls: int =
     return result if contest.self_timed else (clock() - began) / calls
 
 
-def calls_of(seconds: float) -> int:
-    """Calls in a block, where one takes so long."""
+def calls_of(contest: Contest, seconds: float) -> int:
+    """Calls in a block, where one takes so long; one of those that time themselves, or that nothing warms up."""
+    if contest.self_timed or not contest.warm:
+        return 1
     return max(1, math.ceil(BLOCK / max(seconds, 1e-9)))
 
 
@@ -114,7 +116,8 @@ def warmed_up(contest: Contest, clock: Callable[[], float]) -> tuple[float, str 
             return 0.0
         for _ in range(WARM_UP):
             last = timed(call, contest, clock)
-        return timed(call, contest, clock, calls_of(last)) if last < BLOCK else last
+        calls = calls_of(contest, last)
+        return timed(call, contest, clock, calls) if calls > 1 else last
 
     seconds, notes = {}, []
     for name, call in contest.peers.items():
@@ -138,8 +141,7 @@ def measure(contest: Contest, settings: Settings, clock: Callable[[], float] = t
         "calls" (in a row, each time) and "note"; those of a peer are None where there is none.
     """
     ours_took, name, peer_took, said = warmed_up(contest, clock)
-    is_block = contest.warm and not contest.self_timed
-    calls = calls_of(min(filter(None, (ours_took, peer_took)))) if is_block else 1
+    calls = calls_of(contest, min(ours_took, peer_took or ours_took))
     pairs = contest.repeats or int(np.clip(settings.seconds / max(calls * (ours_took + peer_took), 1e-9), FEWEST, MOST))
     ours, peer = [], []
     gc.collect()
@@ -152,7 +154,7 @@ def measure(contest: Contest, settings: Settings, clock: Callable[[], float] = t
     finally:
         gc.enable()
     row = {"ours": contest.in_unit(median(ours)), "peer": None, "ratio": None, "spread": None, "peer_is": name}
-    # The best calls beside the medians tell how much else the machine had to do.
+    # The best blocks beside the medians tell how much else the machine had to do.
     row |= {"ours_best": contest.in_unit(min(ours)), "peer_best": contest.in_unit(min(peer)) if peer else None}
     if peer:
         ratios = np.divide(peer, ours)
